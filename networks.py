@@ -1,0 +1,158 @@
+"""SAPNet, the segmentation-aware progressive network for single-image deraining (arXiv 2111.08892).
+
+    python -c "import torch; from networks import SAPNet; print(SAPNet()(torch.rand(1, 3, 64, 64)).shape)"
+
+The state-dict names are those of the published SAPNet and PReNet checkpoints and must not change.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHANNELS = 32
+DILATIONS = (1, 2, 4, 8, 16)
+GATES = ("i", "f", "g", "o")
+
+
+class CRA(nn.Module):
+    """Channel residual attention: a gate for each channel from the mean over the whole image.
+
+    v * sigmoid(W2 ReLU(W1 p) + W3 p), p the spatial mean of v. Shapes: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, channels=CHANNELS, reduction=16):
+        super().__init__()
+        self.conv_du = nn.Sequential(
+            nn.Conv2d(channels, channels // reduction, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(channels // reduction, channels, 1, bias=False),
+        )
+        self.conv_1_1 = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def gate(self, pooled):
+        """(N, C, 1, 1) channel means -> (N, C, 1, 1) gates in (0, 1)."""
+        return torch.sigmoid(self.conv_du(pooled) + self.conv_1_1(pooled))
+
+    def forward(self, v):
+        return v * self.gate(v.mean((2, 3), keepdim=True))
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3x3 convolution, then 1x1: the published 101,763-parameter variant."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, padding, dilation):
+        super().__init__()
+        self.depth_conv = nn.Conv2d(
+            in_channels, in_channels, kernel_size, padding=padding, dilation=dilation, groups=in_channels
+        )
+        self.point_conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, v):
+        return self.point_conv(self.depth_conv(v))
+
+
+class SplitConv(nn.Module):
+    """One convolution for each half of the channels: the published 134,403-parameter variant."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, padding, dilation):
+        super().__init__()
+        half_in, half_out = in_channels // 2, out_channels // 2
+        self.custom_conv1 = nn.Conv2d(half_in, half_out, kernel_size, padding=padding, dilation=dilation)
+        self.custom_conv2 = nn.Conv2d(half_in, half_out, kernel_size, padding=padding, dilation=dilation)
+
+    def forward(self, v):
+        first, second = v.chunk(2, dim=1)
+        return torch.cat((self.custom_conv1(first), self.custom_conv2(second)), dim=1)
+
+
+RESIDUAL_CONVS = {"plain": nn.Conv2d, "separable": SeparableConv, "split": SplitConv}
+
+
+def residual_branch(dilation, residual_conv="plain", use_cra=True):
+    """[3x3 convolution, CRA, ReLU] x 2; PReNet's branch is the same without CRA."""
+    layers = []
+    for _ in range(2):
+        layers.append(RESIDUAL_CONVS[residual_conv](CHANNELS, CHANNELS, 3, padding=dilation, dilation=dilation))
+        layers += [CRA(), nn.ReLU()] if use_cra else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class SAPNet(nn.Module):
+    """Progressive dilated units (PDU) with shared weights, joined by a convolutional LSTM (paper, section 3.1).
+
+    Args:
+        recurrent_iter: number of stages, each one pass through the PDU.
+        use_dilation: dilation 1, 2, 4, 8, 16 in the five residual blocks; all 1 without.
+        residual_conv: "plain", "separable" or "split", the 3x3 convolution of the residual blocks.
+        use_cra: channel residual attention in the residual blocks. PReNet is
+            ``SAPNet(use_dilation=False, use_cra=False)`` and its published weights load.
+    """
+
+    def __init__(self, recurrent_iter=6, use_dilation=True, residual_conv="plain", use_cra=True):
+        super().__init__()
+        self.recurrent_iter = recurrent_iter
+        self.conv0 = nn.Sequential(nn.Conv2d(6, CHANNELS, 3, padding=1), nn.ReLU())
+        for k, dilation in enumerate(DILATIONS, 1):
+            branch = residual_branch(dilation if use_dilation else 1, residual_conv, use_cra)
+            setattr(self, f"res_conv{k}", branch)
+        for gate in GATES:
+            activation = nn.Tanh() if gate == "g" else nn.Sigmoid()
+            setattr(self, f"conv_{gate}", nn.Sequential(nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1), activation))
+        self.conv = nn.Sequential(nn.Conv2d(CHANNELS, 3, 3, padding=1))
+
+    @classmethod
+    def from_state_dict(cls, state, recurrent_iter=6, use_dilation=None):
+        """The network that a state dict belongs to, with its weights.
+
+        The names tell the residual convolution and PReNet's form. What they cannot tell are the number of
+        stages and the dilation, whose default is that of the published networks: dilated, but PReNet not.
+
+        Raises:
+            ValueError: the names or shapes are of another architecture.
+        """
+        residual_conv = "plain"
+        if "res_conv1.0.depth_conv.weight" in state:
+            residual_conv = "separable"
+        elif "res_conv1.0.custom_conv1.weight" in state:
+            residual_conv = "split"
+        use_cra = "res_conv1.1.conv_1_1.weight" in state
+        net = cls(recurrent_iter, use_cra if use_dilation is None else use_dilation, residual_conv, use_cra)
+        try:
+            net.load_state_dict(state)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip().rstrip(".")
+            raise ValueError(f"expected weights of SAPNet or PReNet ({first[:200]})") from None
+        return net
+
+    def forward(self, rainy, return_stages=False):
+        """Derain a batch.
+
+        Args:
+            rainy: (N, 3, H, W) RGB in [0, 1], any floating dtype that matches the weights, any H, W >= 1.
+            return_stages: also return the list of every stage's estimate.
+
+        Returns:
+            (N, 3, H, W) the last stage's estimate, not clamped; with ``return_stages`` a pair of it
+            and the list of ``recurrent_iter`` estimates, first stage first.
+        """
+        # The four gates read the same input: one 64 -> 128 convolution instead of four 64 -> 32.
+        gates = [getattr(self, f"conv_{gate}")[0] for gate in GATES]
+        weight = torch.cat([conv.weight for conv in gates])
+        bias = torch.cat([conv.bias for conv in gates])
+        derained, stages = rainy, []
+        h = c = None
+        for _ in range(self.recurrent_iter):
+            f = self.conv0(torch.cat((rainy, derained), 1))
+            if h is None:  # h and c start at zero, so their terms drop out
+                z = F.conv2d(f, weight[:, :CHANNELS], bias, padding=1)
+            else:
+                z = F.conv2d(torch.cat((f, h), 1), weight, bias, padding=1)
+            i, forget, g, o = z.chunk(4, 1)
+            update = torch.sigmoid(i) * torch.tanh(g)
+            c = update if c is None else torch.sigmoid(forget) * c + update
+            h = torch.sigmoid(o) * torch.tanh(c)
+            u = h
+            for k in range(1, len(DILATIONS) + 1):
+                u = F.relu(getattr(self, f"res_conv{k}")(u) + u)
+            derained = self.conv(u) + rainy
+            stages.append(derained)
+        return (derained, stages) if return_stages else derained

@@ -1,0 +1,347 @@
+"""Train SAPNet.
+
+    python train.py --data_path datasets/train/RainTrainH --save_path logs/SAPNet/Model11
+
+Packs the images of --data_path by itself, and writes weights, logs and the resumable state under --save_path.
+"""
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensorboardX import SummaryWriter
+from torch.utils.data import DataLoader
+
+from DerainDataset import ShuffledBatches, TrainingPatches, find_pairs, prepare_patches, report_orphans
+from losses import PIXEL_LOSSES, DerainLoss
+from networks import RESIDUAL_CONVS, SAPNet
+from utils import (
+    InputError, RunError, add_flag, at_least, fast_bfloat16, load_checkpoint, load_weights, measure, pick_device,
+    progress, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
+)
+
+STATE_FILE = "train_state.pth"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_path", nargs="+", default=["datasets/train/RainTrainH"], metavar="DIR",
+        help="one or more folders of rainy/clean pairs",
+    )
+    add_flag(group, "--preprocess", False, "pack the images again even if the packed file is up to date")
+    group.add_argument("--packed_dir", default="datasets/packed", metavar="DIR", help="folder of the packed HDF5 files")
+    group.add_argument("--patch_size", type=at_least(11), default=100, help="side of the training patches, px")
+    group.add_argument("--stride", type=at_least(1), default=80, help="distance between patches, px")
+    group.add_argument(
+        "--exclude_test", nargs="+", default=[], metavar="DIR",
+        help="leave out pairs that show a background of these test sets (when packing)",
+    )
+    add_flag(group, "--augment", True, "mirror half of the patches")
+    group.add_argument("--num_workers", type=at_least(0), default=2, help="loader processes; 0 loads in the main one")
+    group.add_argument("--val_path", metavar="DIR", help="folder of pairs to validate on after each epoch")
+    group.add_argument(
+        "--val_pairs", type=at_least(0), default=0, metavar="N",
+        help="hold out N pairs of each data folder and validate on them",
+    )
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--recurrent_iter", type=at_least(1), default=6, help="number of stages")
+    add_flag(group, "--use_dilation", True, "dilation 1, 2, 4, 8, 16 in the residual blocks")
+    group.add_argument("--residual_conv", choices=RESIDUAL_CONVS, default="plain", help="convolution of the residual blocks")
+    add_flag(group, "--use_cra", True, "channel residual attention in the residual blocks; False is PReNet's form")
+
+    group = parser.add_argument_group("losses")
+    group.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="ssim", help="ssim is the negative SSIM")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=at_least(1), default=12, help="patches a step")
+    group.add_argument("--epochs", type=at_least(1), default=100, help="passes over the patches")
+    group.add_argument(
+        "--milestone", type=at_least(1), nargs="+", default=[30, 50, 80], metavar="EPOCH",
+        help="epochs after which the learning rate is multiplied by 0.2",
+    )
+    group.add_argument("--lr", type=at_least(0, float), default=1e-3, help="initial learning rate of Adam")
+    group.add_argument("--clip_grad", type=at_least(0, float), default=0, metavar="NORM", help="largest gradient norm; 0: no limit")
+    group.add_argument("--max_steps", type=at_least(1), metavar="N", help="stop after N steps in all (short runs)")
+    add_flag(group, "--use_stage1", True, "train; False only validates and saves the model")
+    group.add_argument("--init_weights", metavar="FILE", help="start from these weights")
+    group.add_argument("--seed", type=at_least(0), default=0, help="of initialisation, shuffling and augmentation")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--save_path", type=Path, default=Path("logs/SAPNet/Model11"), metavar="DIR", help="folder of the run's files")
+    group.add_argument("--save_freq", type=at_least(1), default=1, metavar="N", help="keep net_epochN.pth every N epochs")
+    add_flag(group, "--resume", False, "continue the run stopped under --save_path")
+    group.add_argument("--log_interval", type=at_least(1), default=50, metavar="N", help="steps between TensorBoard records")
+
+    group = parser.add_argument_group("speed")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_flag(group, "--amp", None, "bfloat16 mixed precision (default: where the processor has it)")
+    add_flag(group, "--compile", None, "torch.compile (default: for runs long enough to repay its warm-up)")
+    add_flag(group, "--channels_last", True, "channels-last memory format")
+
+    args = parser.parse_args(argv)
+    if any(first >= second for first, second in zip(args.milestone, args.milestone[1:])):
+        parser.error(f"argument --milestone: expected ascending epochs, got {' '.join(map(str, args.milestone))}")
+    return args
+
+
+def learning_rate(args, epoch):
+    """The rate in ``epoch``, counted from 0."""
+    return args.lr * 0.2 ** sum(epoch >= milestone for milestone in args.milestone)
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM asks the run to stop after the current step; a second Ctrl-C stops it at once."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass
+class Position:
+    """How far a run has come: all that the checkpointed state holds beside weights and optimizer."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches done in the epoch that is under way
+    step: int = 0  # optimizer steps in all
+    best_psnr_y: float = float("-inf")
+    totals: dict = field(default_factory=dict)  # sums over the epoch's batches, by name
+
+
+def check_finite(loss, indices, dataset):
+    """Stop the run if a step's loss is not a finite number, naming the batch."""
+    if not loss.isfinite():
+        names = "; ".join(dataset.describe(int(index)) for index in indices)
+        raise RunError(f"the loss is {loss.item()} on the batch of {names}; the last checkpoint is kept")
+
+
+def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device):
+    """Train on the rest of the epoch at ``position``, which moves along; return its last batch, or None if there was none.
+
+    The batch is (rainy, derained, clean), each (N, 3, P, P), for the logs.
+    """
+    rate = learning_rate(args, position.epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    totals, unchecked, images, shown = position.totals, None, None, ""
+    loader.batch_sampler.start(position.epoch, position.batch)
+    description = f"epoch {position.epoch + 1}/{args.epochs}"
+    for rainy, clean, indices in progress(loader, description, status=lambda: shown):
+        rainy, clean = rainy.to(device, non_blocking=True), clean.to(device, non_blocking=True)
+        if args.channels_last:
+            rainy = rainy.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            derained = model(rainy)
+        derained = derained.float()
+        loss, terms = criterion(derained, clean, rainy)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if args.clip_grad:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        optimizer.step()
+
+        # The loss is looked at one step late, so that a GPU has its next step queued while the CPU waits for it.
+        if unchecked:
+            check_finite(*unchecked, loader.dataset)
+        unchecked = loss.detach(), indices
+        images = rainy, derained.detach(), clean
+        error = (images[1].clamp(0, 1) - clean).square().mean((1, 2, 3))
+        terms = {**terms, "loss": loss, "psnr": -10 * error.clamp(min=1e-10).log10().mean()}
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+        position.batch += 1
+        position.step += 1
+        if position.step % args.log_interval == 0:
+            for name, value in terms.items():
+                writer.add_scalar(f"train/{name}", value.item(), position.step)
+            writer.add_scalar("train/learning_rate", rate, position.step)
+            shown = f"loss {loss.item():.4f}, PSNR {terms['psnr'].item():.2f} dB"
+        if stop.received or position.step == args.max_steps:
+            break
+    if unchecked:
+        check_finite(*unchecked, loader.dataset)
+    return images
+
+
+@torch.inference_mode()
+def validate(net, pairs, device):
+    """Average PSNR and SSIM (``utils.measure``) of ``net`` on whole images."""
+    net.eval()
+    results = []
+    for pair in progress(pairs, "validation"):
+        derained = net(to_tensor(read_rgb(pair.rainy)).to(device))
+        results.append(measure(to_image(derained), read_rgb(pair.clean)))
+    net.train()
+    return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+
+
+def save_state(args, net, optimizer, position):
+    """Write net_latest.pth and all that an exact resume needs."""
+    save_checkpoint(args.save_path / "net_latest.pth", net.state_dict())
+    totals = {name: float(value) for name, value in position.totals.items()}
+    state = {
+        "net": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "position": {**asdict(position), "totals": totals},
+        "random": torch.get_rng_state(),
+    }
+    save_checkpoint(args.save_path / STATE_FILE, state)
+
+
+def load_state(args, net, optimizer):
+    """Restore what ``save_state`` wrote; return the position."""
+    path = args.save_path / STATE_FILE
+    state = load_checkpoint(path)
+    try:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        return Position(**state["position"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise InputError(f"{path}: not the state of a run with these network options; expected the run's own") from None
+
+
+def prepare_run(args):
+    """Make the run's folder, or refuse to overwrite a run that could be resumed, and write the resolved arguments."""
+    state_path, args_path = args.save_path / STATE_FILE, args.save_path / "args.json"
+    if args.resume and not state_path.exists():
+        raise InputError(f"--resume: no {STATE_FILE} in {args.save_path}; expected the folder of a stopped run")
+    if state_path.exists() and not args.resume:
+        raise InputError(f"--save_path {args.save_path}: holds another run; give --resume to continue it, or another folder")
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if args.resume and args_path.exists():
+        before = json.loads(args_path.read_text())
+        changed = [f"--{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value]
+        print(f"resuming {args.save_path}", *changed, sep=", ")
+    write_text(args_path, json.dumps(options, indent=2) + "\n")
+
+
+def load_data(args, device):
+    """The training loader and the validation pairs, after packing what has to be packed."""
+    sources, val_pairs = [], []
+    for folder in args.data_path:
+        source, held_out = prepare_patches(
+            folder, args.packed_dir, args.patch_size, args.stride, args.preprocess, args.exclude_test, args.val_pairs
+        )
+        sources.append(source)
+        val_pairs += held_out
+    if args.val_path:
+        pairs, orphans = find_pairs(args.val_path, "--val_path")
+        report_orphans(args.val_path, orphans)
+        val_pairs += pairs
+    dataset = TrainingPatches(sources, args.augment, args.seed)
+    batches = ShuffledBatches(len(dataset), args.batch_size, args.seed)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+    )
+    return loader, val_pairs
+
+
+def build_network(args, device):
+    """A network with fresh weights, or those of --init_weights."""
+    net = SAPNet(args.recurrent_iter, args.use_dilation, args.residual_conv, args.use_cra).to(device)
+    if args.init_weights:
+        try:
+            net.load_state_dict(load_weights(args.init_weights))
+        except RuntimeError:
+            raise InputError(f"--init_weights {args.init_weights}: weights of another network than the options ask for") from None
+    return net.to(memory_format=torch.channels_last) if args.channels_last else net
+
+
+def end_epoch(args, net, optimizer, position, images, val_pairs, writer, complete, device, seconds):
+    """Validate, write the checkpoints and the log line, and move ``position`` on if the epoch is complete."""
+    record = {"epoch": position.epoch + 1, "step": position.step, "learning_rate": learning_rate(args, position.epoch)}
+    record |= {name: float(total) / position.batch for name, total in position.totals.items()}
+    record["seconds"] = round(seconds, 1)
+    if val_pairs:
+        scores = validate(net, val_pairs, device)
+        for name, value in scores.items():
+            record[f"val_{name}"] = value
+            writer.add_scalar(f"val/{name}", value, position.step)
+        if scores["psnr_y"] > position.best_psnr_y:
+            position.best_psnr_y = scores["psnr_y"]
+            save_checkpoint(args.save_path / "net_best.pth", net.state_dict())
+    if images:
+        for name, batch in zip(("rainy", "derained", "clean"), images):
+            writer.add_image(name, batch[0].clamp(0, 1).float().cpu().numpy(), position.step)
+    writer.flush()
+    write_log_line(args.save_path / "log.jsonl", record)
+    print(", ".join(f"{name} {value:.6g}" for name, value in record.items()), flush=True)
+    if complete:
+        position.epoch, position.batch, position.totals = position.epoch + 1, 0, {}
+        if position.epoch % args.save_freq == 0:
+            save_checkpoint(args.save_path / f"net_epoch{position.epoch}.pth", net.state_dict())
+    save_state(args, net, optimizer, position)
+
+
+def write_log_line(path, record):
+    """Add an epoch's record to the JSON Lines file, in place of any from the same or a later epoch."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
+    write_text(path, "\n".join([*kept, json.dumps(record)]) + "\n")
+
+
+def choose_speed(args, device, steps):
+    """Resolve the speed options that were left to the program."""
+    if args.amp is None:
+        args.amp = fast_bfloat16(device)
+    if args.compile is None:
+        # The warm-up takes about a minute, which short runs never earn back.
+        args.compile = steps >= 1000 and shutil.which(os.environ.get("CXX", "g++")) is not None
+    print(f"device {device}, bfloat16 {args.amp}, compile {args.compile}, channels_last {args.channels_last}", flush=True)
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    loader, val_pairs = load_data(args, device)
+    net = build_network(args, device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    criterion = DerainLoss(args.pixel_loss)
+    prepare_run(args)
+    position = load_state(args, net, optimizer) if args.resume else Position()
+
+    batches = len(loader)
+    last_step = min(batches * args.epochs, args.max_steps or batches * args.epochs)
+    choose_speed(args, device, last_step - position.step)
+    model = torch.compile(net) if args.compile else net
+    print(f"{len(loader.dataset)} patches, {batches} steps an epoch, {len(val_pairs)} validation pairs", flush=True)
+    stop = StopSignal()
+    with SummaryWriter(str(args.save_path), purge_step=position.step) as writer:
+        while position.epoch < args.epochs:
+            started, images = time.monotonic(), None
+            if args.use_stage1 and position.step < last_step:
+                images = train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device)
+            complete = position.batch == batches
+            if stop.received and not complete:
+                save_state(args, net, optimizer, position)
+                print(f"stopped in epoch {position.epoch + 1} after step {position.step}; the same command with --resume continues")
+                sys.exit(130)
+            end_epoch(args, net, optimizer, position, images, val_pairs, writer, complete, device, time.monotonic() - started)
+            if not args.use_stage1 or position.step >= last_step:
+                break
+            if stop.received:
+                print(f"stopped after epoch {position.epoch}; the same command with --resume continues")
+                sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_script(main)

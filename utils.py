@@ -1,0 +1,362 @@
+"""What the scripts share: errors, options, images, metrics by the MATLAB protocol, checkpoints, progress.
+
+    python -c "from utils import read_rgb, psnr; x = read_rgb('example.png'); print(psnr(x, x))"
+"""
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from skimage.metrics import structural_similarity
+from tqdm import tqdm
+
+from networks import SAPNet
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+# Errors and options
+
+
+class InputError(Exception):
+    """Bad input. The message is one sentence that names the path or option and what was expected."""
+
+
+class RunError(Exception):
+    """A run that failed on good input. The message is one sentence that says at what."""
+
+
+def run_script(main):
+    """Call ``main``; turn its errors into one line on stderr and exit status 2 for bad input, 1 for a failed run."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(fail(error, 2))
+    except (RunError, OSError) as error:
+        sys.exit(fail(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 130))
+
+
+def fail(error, status):
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    return status
+
+
+def boolean(text):
+    """``argparse`` type for --flag True and --flag False."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def add_flag(group, name, default, text):
+    """Add an option that reads ``--flag``, ``--flag True`` and ``--flag False``."""
+    group.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
+
+
+def at_least(minimum, kind=int):
+    """``argparse`` type for numbers that are ``minimum`` or more."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"expected {minimum} or more, got {text}")
+        return value
+
+    return parse
+
+
+def pick_device(name):
+    """The torch device for --device: "auto" takes the GPU when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: expected auto, cpu or a CUDA device of this machine ({reason})") from None
+    return device
+
+
+def fast_bfloat16(device):
+    """Whether bfloat16 convolutions are faster than float32 ones on ``device``: AVX512-BF16, AMX or a GPU that has them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+# Files
+
+
+def natural_key(path):
+    """Sort key under which rain-2 comes before rain-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def find_images(folder, option):
+    """Image paths directly in ``folder`` in natural order; ``option`` is what an error names."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{option} {folder}: no such folder; expected a folder of images")
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        raise InputError(f"{option} {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
+    return sorted(paths, key=natural_key)
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside ``path`` that replaces it on success and is removed on any error.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a small text file, complete or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+# Images
+
+
+def read_image(path):
+    """Decode an image file.
+
+    Returns:
+        (H, W, 3) RGB or (H, W, 4) RGBA array, uint8, or uint16 for 16-bit files; grey is repeated to
+        three channels and the EXIF orientation applied.
+
+    Raises:
+        InputError: the file is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16") or (image.format in ("PNG", "TIFF") and is_deep(path)):
+                return read_deep(path)
+            image = ImageOps.exif_transpose(image)  # decodes, and raises where data is missing
+            return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
+
+
+def is_deep(path):
+    """Whether OpenCV finds more than 8 bits a sample, which Pillow would reduce in colour files."""
+    with open(path, "rb") as file:
+        header = file.read(26)
+    return header[24] > 8 if header.startswith(b"\x89PNG") and len(header) == 26 else False
+
+
+def read_deep(path):
+    """Decode a 16-bit file to (H, W, 3) RGB or (H, W, 4) RGBA uint16."""
+    with open(path, "rb") as file:
+        image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise ValueError("damaged 16-bit image")
+    if image.ndim == 2:
+        return np.repeat(image[..., None], 3, axis=2)
+    return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+
+
+def read_rgb(path):
+    """``read_image`` as (H, W, 3) uint8: alpha dropped, 16 bits rounded to 8."""
+    image = read_image(path)[..., :3]
+    return image if image.dtype == np.uint8 else np.rint(image / 257).astype(np.uint8)
+
+
+def write_image(path, image):
+    """Write an (H, W, 3 or 4) uint8 or uint16 RGB(A) array as PNG, complete or not at all."""
+    code = cv2.COLOR_RGBA2BGRA if image.shape[2] == 4 else cv2.COLOR_RGB2BGR
+    ok, data = cv2.imencode(".png", cv2.cvtColor(image, code))
+    if not ok:
+        raise OSError(f"{path}: could not be encoded as PNG")
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def to_tensor(image):
+    """(H, W, 3) uint8 or uint16 array -> (1, 3, H, W) float32 tensor in [0, 1]."""
+    peak = np.iinfo(image.dtype).max
+    scaled = image.astype(np.float32) / peak
+    return torch.from_numpy(scaled.transpose(2, 0, 1).copy())[None]
+
+
+def to_image(tensor, dtype=np.uint8):
+    """(1, 3, H, W) tensor -> (H, W, 3) array of ``dtype``: clamped to [0, 1] and rounded."""
+    peak = np.iinfo(dtype).max
+    image = tensor[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return np.rint(image * peak).astype(dtype)
+
+
+# Metrics, as PReNet's MATLAB scripts measure
+
+
+def luma(image):
+    """Y of MATLAB's ``rgb2ycbcr`` on doubles: (H, W, 3) uint8 -> (H, W) float64 in [16/255, 235/255]."""
+    return (16 + image.astype(np.float64) / 255 @ (65.481, 128.553, 24.966)) / 255
+
+
+def psnr(image, reference):
+    """Peak signal-to-noise ratio in dB of two float arrays in [0, 1]; infinite for equal arrays."""
+    error = np.mean(np.square(image - reference))
+    return float("inf") if error == 0 else float(-10 * np.log10(error))
+
+
+def ssim_255(image, reference):
+    """SSIM as in MATLAB: 11x11 Gaussian, sigma 1.5, "valid" windows, on float arrays in [0, 1] scaled by 255.
+
+    Shapes: (H, W), or (H, W, C) for the mean over channels. NaN where a side is under 11 px: no window fits.
+    """
+    if min(image.shape[:2]) < 11:
+        return float("nan")
+    return float(
+        structural_similarity(
+            255 * image, 255 * reference, data_range=255, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False, channel_axis=2 if image.ndim == 3 else None,
+        )
+    )
+
+
+def measure(image, reference):
+    """PSNR in dB and SSIM, on Y and on RGB, of two (H, W, 3) uint8 arrays.
+
+    Returns:
+        {"psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"}: floats, by the protocol of PReNet's MATLAB scripts.
+    """
+    y, y_reference = luma(image), luma(reference)
+    rgb, rgb_reference = image / 255, reference / 255
+    return {
+        "psnr_y": psnr(y, y_reference),
+        "ssim_y": ssim_255(y, y_reference),
+        "psnr_rgb": psnr(rgb, rgb_reference),
+        "ssim_rgb": ssim_255(rgb, rgb_reference),
+    }
+
+
+# Checkpoints
+
+
+def save_checkpoint(path, content):
+    """Write plain tensors and plain types, complete or not at all."""
+    # Through memory: torch.save reports a full disk as an unspecific RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """Read what ``save_checkpoint`` or PyTorch wrote, on the CPU, without running any code the file may hold."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a checkpoint (.pth)") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; expected a checkpoint file (.pth)") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused; expected a checkpoint of plain tensors, not a pickle with other content") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: truncated or not a PyTorch checkpoint ({reason})") from None
+
+
+def load_weights(path):
+    """A network's state dict from a file, without the "module." prefix that DataParallel leaves.
+
+    Raises:
+        InputError: missing or unreadable file, or content that is no dictionary of finite tensors.
+    """
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a state dict (names and tensors)")
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{path}: NaN or infinite weights in {broken[0]}")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_network(save_path, recurrent_iter=None, use_dilation=None):
+    """Rebuild a network from its checkpoint, in evaluation mode on the CPU.
+
+    Args:
+        save_path: a checkpoint, or the folder of a training run, whose net_latest.pth is taken.
+        recurrent_iter, use_dilation: None takes what the run's args.json beside the checkpoint says, or else
+            the published 6 stages and dilation (none for PReNet).
+
+    Raises:
+        InputError: no checkpoint there, or none of this network.
+    """
+    path = Path(save_path)
+    if path.is_dir():
+        path = path / "net_latest.pth"
+    state = load_weights(path)
+    try:
+        options = json.loads((path.parent / "args.json").read_text())
+    except (OSError, ValueError):
+        options = {}
+    if recurrent_iter is None:
+        recurrent_iter = options.get("recurrent_iter", 6)
+    if use_dilation is None:
+        use_dilation = options.get("use_dilation")
+    try:
+        return SAPNet.from_state_dict(state, recurrent_iter, use_dilation).eval()
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+# Progress
+
+
+def progress(items, description, total=None, status=None):
+    """Iterate with a tqdm bar on a terminal, and with a plain line every ten seconds elsewhere.
+
+    ``status`` is a function without arguments whose text is shown beside the estimate.
+    """
+    total = len(items) if total is None else total
+    status = status or (lambda: "")
+    if sys.stderr.isatty():
+        with tqdm(items, desc=description, total=total, dynamic_ncols=True) as bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(status(), refresh=False)
+        return
+    start = reported = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - reported >= 10:
+            left = (now - start) / count * (total - count)
+            print(f"{description}: {count}/{total}, about {left:.0f} s left  {status()}".rstrip(), flush=True)
+            reported = now
