@@ -3,6 +3,9 @@
     python rain.py --clean datasets/clean --out datasets/train/RainSynth --preset heavy --per_image 2
 
 The rain model is that of Rain100L and Rain100H: rainy = min(255, clean + S), with one grey streak layer S >= 0.
+The bundled test/RainSample was made from photographs that scikit-image ships (public domain or CC0) by
+
+    python rain.py --clean scikit-image --out datasets/test/RainSample --preset light heavy --per_image 2 --layout test
 """
 import argparse
 from dataclasses import dataclass
@@ -10,8 +13,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import skimage.data
 
-from utils import InputError, find_images, progress, read_rgb, run_script, write_image
+from utils import InputError, at_least, find_images, progress, read_rgb, run_script, write_image
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ PRESETS = {
     "heavy": Preset((6, 92), (1, 3), 15, (15, 110), (1, 3), (15, 0.4), 0.6, (0.4, 0.9), (2, 8)),
 }
 MAX_PASSES = 200
+# Eileen Collins (NASA), Chelsea (S. van der Walt), a coffee cup (R. Michetti), a Falcon 9 (SpaceX).
+SAMPLE_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+SAMPLE_SIDE = 288  # px, the longer one: keeps the bundled files small
 
 
 def draw_pass(shape, direction, level, preset, rng):
@@ -86,13 +93,27 @@ def add_rain(clean, streaks):
     return np.minimum(clean.astype(np.uint16) + streaks[..., None], 255).astype(np.uint8)
 
 
+def sample_photograph(name):
+    """A photograph that scikit-image ships, shrunk to ``SAMPLE_SIDE``: (H, W, 3) uint8."""
+    image = getattr(skimage.data, name)()
+    height, width = image.shape[:2]
+    scale = SAMPLE_SIDE / max(height, width)
+    return cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clean", type=Path, required=True, help="folder of clean photographs")
+    parser.add_argument(
+        "--clean", required=True, metavar="DIR",
+        help="folder of clean photographs, or scikit-image for the four it ships",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the pairs, made if absent")
-    parser.add_argument("--preset", choices=PRESETS, default="heavy", help="rain to draw (default: heavy)")
-    parser.add_argument("--per_image", type=int, default=1, help="rainy versions of each photograph (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files (default: 0)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, nargs="+", default=["heavy"],
+        help="rain to draw; with several, the versions of a photograph take turns (default: heavy)",
+    )
+    parser.add_argument("--per_image", type=at_least(1), default=1, help="rainy versions of each photograph (default: 1)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="the same seed writes the same files (default: 0)")
     parser.add_argument(
         "--layout", choices=("train", "test"), default="train",
         help="train: rain-N.png beside norain-N.png; test: norain-NNN.png with rainy/rain-NNN.png (default: train)",
@@ -102,16 +123,15 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.per_image < 1:
-        raise InputError(f"--per_image {args.per_image}: expected 1 or more")
-    photographs = find_images(args.clean, "--clean")
+    bundled = args.clean == "scikit-image"
+    photographs = SAMPLE_PHOTOGRAPHS if bundled else find_images(args.clean, "--clean")
     if args.out.exists() and any(args.out.iterdir()):
         raise InputError(f"--out {args.out}: not empty; expected a new or an empty folder")
-    jobs = [(path, k) for path in photographs for k in range(args.per_image)]
-    for number, (path, k) in enumerate(progress(jobs, f"rain ({args.preset})"), 1):
-        clean = read_rgb(path)
+    jobs = [(photograph, k) for photograph in photographs for k in range(args.per_image)]
+    for number, (photograph, k) in enumerate(progress(jobs, "drawing rain"), 1):
+        clean = sample_photograph(photograph) if bundled else read_rgb(photograph)
         rng = np.random.default_rng((args.seed, number))
-        rainy = add_rain(clean, streak_layer(*clean.shape[:2], args.preset, rng))
+        rainy = add_rain(clean, streak_layer(*clean.shape[:2], args.preset[k % len(args.preset)], rng))
         if args.layout == "train":
             rainy_path, clean_path = args.out / f"rain-{number}.png", args.out / f"norain-{number}.png"
         else:
