@@ -6,6 +6,7 @@ lists the training pairs whose clean image is, or nearly is, a background of the
 """
 import argparse
 import hashlib
+import io
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +206,18 @@ def packed_path(folder, packed_dir):
     return Path(packed_dir) / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}.h5"
 
 
+def create_hdf5(path, size):
+    """A new h5py file that owns ``size`` bytes of disk beforehand: HDF5 crashes where the disk fills up under it."""
+    empty = io.BytesIO()
+    h5py.File(empty, "w").close()
+    with open(path, "wb") as file:
+        file.write(empty.getvalue())
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    return h5py.File(path, "r+")  # closing it gives back what was not needed
+
+
 def pack(pairs, path, patch_size, stride):
     """Cut pairs into patches and write them to one HDF5 file, complete or not at all.
 
@@ -237,7 +250,8 @@ def pack(pairs, path, patch_size, stride):
             for image in images
         ]
 
-    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
+    size = 2 * total * patch_size**2 * 3 + 12 * total + 256 * len(pairs) + 2**16
+    with atomic_write(path) as temporary, create_hdf5(temporary, size) as file:
         data_sets = [file.create_dataset(name, shape, np.uint8) for name in ("rainy", "clean")]
         file["origin"] = np.concatenate(cuts).astype(np.int32)
         file["names"] = [pair.rainy.name for pair in pairs]

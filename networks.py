@@ -4,9 +4,14 @@
 
 The state-dict names are those of the published SAPNet and PReNet checkpoints and must not change.
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import get_model
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
 
 CHANNELS = 32
 DILATIONS = (1, 2, 4, 8, 16)
@@ -91,9 +96,9 @@ class SAPNet(nn.Module):
         super().__init__()
         self.recurrent_iter = recurrent_iter
         self.conv0 = nn.Sequential(nn.Conv2d(6, CHANNELS, 3, padding=1), nn.ReLU())
-        for k, dilation in enumerate(DILATIONS, 1):
-            branch = residual_branch(dilation if use_dilation else 1, residual_conv, use_cra)
-            setattr(self, f"res_conv{k}", branch)
+        self.dilations = DILATIONS if use_dilation else (1,) * len(DILATIONS)
+        for k, dilation in enumerate(self.dilations, 1):
+            setattr(self, f"res_conv{k}", residual_branch(dilation, residual_conv, use_cra))
         for gate in GATES:
             activation = nn.Tanh() if gate == "g" else nn.Sigmoid()
             setattr(self, f"conv_{gate}", nn.Sequential(nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1), activation))
@@ -156,3 +161,62 @@ class SAPNet(nn.Module):
             derained = self.conv(u) + rainy
             stages.append(derained)
         return (derained, stages) if return_stages else derained
+
+
+@contextmanager
+def fixed_seed():
+    """Draw initial weights that are the same in every run, and leave the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+class ImageNetNormalise(nn.Module):
+    """RGB in [0, 1] -> the mean 0 and deviation 1 that torchvision's networks were trained on, (N, 3, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
+
+
+SEG_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+class UBS(nn.Module):
+    """The unsupervised background segmentation network (paper, section 3): a ResNet, an FPN and a linear head.
+
+    Its weights are drawn with a fixed seed, so that the layers that no file holds, FPN and head, are the same in
+    every run; ``fpn.body`` has torchvision's names for a ResNet without ``fc`` and takes its ImageNet weights.
+
+    Args:
+        num_of_SegClass: number of logits.
+        backbone: one of ``SEG_BACKBONES``.
+    """
+
+    def __init__(self, num_of_SegClass=21, backbone="resnet101"):
+        super().__init__()
+        self.normalise = ImageNetNormalise()
+        with fixed_seed():
+            # Zero residual branches: without weights from a file, a hundred random layers would saturate the logits.
+            resnet = get_model(backbone, norm_layer=FrozenBatchNorm2d, zero_init_residual=True)
+            channels = [resnet.inplanes // 8 * 2**k for k in range(4)]
+            self.fpn = BackboneWithFPN(resnet, {f"layer{k + 1}": str(k) for k in range(4)}, channels, 256)
+            self.head = nn.Conv2d(self.fpn.out_channels, num_of_SegClass, 1)
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        """Segment a batch.
+
+        Args:
+            images: (N, 3, H, W) RGB in [0, 1].
+
+        Returns:
+            (N, ``num_of_SegClass``, ceil(H / 4), ceil(W / 4)) logits, from the FPN's finest level, into which the
+            coarser ones have been added.
+        """
+        return self.head(self.fpn(self.normalise(images))["0"])

@@ -125,8 +125,8 @@ def main():
     args = parse_args()
     bundled = args.clean == "scikit-image"
     photographs = SAMPLE_PHOTOGRAPHS if bundled else find_images(args.clean, "--clean")
-    if args.out.exists() and any(args.out.iterdir()):
-        raise InputError(f"--out {args.out}: not empty; expected a new or an empty folder")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise InputError(f"--out {args.out}: expected a new or an empty folder")
     jobs = [(photograph, k) for photograph in photographs for k in range(args.per_image)]
     for number, (photograph, k) in enumerate(progress(jobs, "drawing rain"), 1):
         clean = sample_photograph(photograph) if bundled else read_rgb(photograph)

@@ -19,15 +19,21 @@ import torch
 from tensorboardX import SummaryWriter
 from torch.utils.data import DataLoader
 
-from DerainDataset import ShuffledBatches, TrainingPatches, find_pairs, prepare_patches, report_orphans
-from losses import PIXEL_LOSSES, DerainLoss
-from networks import RESIDUAL_CONVS, SAPNet
+from DerainDataset import ShuffledBatches, TrainingPatches, check_sizes, find_pairs, prepare_patches, report_orphans
+from inference import StripRunner
+from losses import BACKBONE_WEIGHTS, LPIPS_NETS, PIXEL_LOSSES, SMALLEST_IMAGE, WEIGHTS, DerainLoss
+from networks import RESIDUAL_CONVS, SEG_BACKBONES, SAPNet
 from utils import (
     InputError, RunError, add_flag, at_least, fast_bfloat16, load_checkpoint, load_weights, measure, pick_device,
     progress, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
 )
 
 STATE_FILE = "train_state.pth"
+DATA_HINT = (
+    "README.md, section Data, says where to get the public sets, and this trains on drawn rain instead:"
+    " python rain.py --clean scikit-image --out datasets/train/RainSynth --per_image 20"
+    " && python train.py --data_path datasets/train/RainSynth --save_path logs/RainSynth"
+)
 
 
 def parse_args(argv=None):
@@ -62,6 +68,23 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("losses")
     group.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="ssim", help="ssim is the negative SSIM")
+    add_flag(group, "--use_contrast", True, "add the perceptual contrastive loss (PCL)")
+    add_flag(group, "--use_lpips", True, "add the learned perceptual image similarity loss (LPISL)")
+    add_flag(group, "--use_seg_stage1", True, "add the loss of the background segmentation network (UBS)")
+    group.add_argument("--w_contrast", type=at_least(0, float), default=WEIGHTS["contrast"], help="weight of PCL")
+    group.add_argument("--w_lpips", type=at_least(0, float), default=WEIGHTS["lpips"], help="weight of LPISL")
+    group.add_argument("--w_seg", type=at_least(0, float), default=WEIGHTS["segmentation"], help="weight of UBS")
+    group.add_argument("--seg_start_epoch", type=at_least(0), default=50, metavar="EPOCH", help="UBS joins after it")
+    group.add_argument("--lpips_net", choices=LPIPS_NETS, default="alex", help="backbone of LPISL")
+    group.add_argument("--num_of_SegClass", type=at_least(2), default=21, metavar="N", help="classes of UBS")
+    group.add_argument("--seg_backbone", choices=SEG_BACKBONES, default="resnet101", help="backbone of UBS")
+    group.add_argument(
+        "--backbone_dir", type=Path, metavar="DIR",
+        help="folder with torchvision's weights of the backbones (default: torchvision's cache, filled by download)",
+    )
+    group.add_argument(
+        "--backbone_weights", choices=BACKBONE_WEIGHTS, default="pretrained", help="random is for tests and dry runs only"
+    )
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch_size", type=at_least(1), default=12, help="patches a step")
@@ -139,6 +162,7 @@ def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer,
     rate = learning_rate(args, position.epoch)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    skip = {"segmentation"} if position.epoch < args.seg_start_epoch else set()
     totals, unchecked, images, shown = position.totals, None, None, ""
     loader.batch_sampler.start(position.epoch, position.batch)
     description = f"epoch {position.epoch + 1}/{args.epochs}"
@@ -147,9 +171,8 @@ def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer,
         if args.channels_last:
             rainy = rainy.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            derained = model(rainy)
-        derained = derained.float()
-        loss, terms = criterion(derained, clean, rainy)
+            derained = model(rainy).float()
+            loss, terms = criterion(derained, clean, rainy, skip)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if args.clip_grad:
@@ -179,15 +202,12 @@ def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer,
     return images
 
 
-@torch.inference_mode()
 def validate(net, pairs, device):
-    """Average PSNR and SSIM (``utils.measure``) of ``net`` on whole images."""
-    net.eval()
-    results = []
+    """Average PSNR and SSIM (``utils.measure``) of ``net`` on whole images, in float32."""
+    runner, results = StripRunner(net), []
     for pair in progress(pairs, "validation"):
-        derained = net(to_tensor(read_rgb(pair.rainy)).to(device))
+        derained = runner(to_tensor(read_rgb(pair.rainy)).to(device))
         results.append(measure(to_image(derained), read_rgb(pair.clean)))
-    net.train()
     return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
 
 
@@ -217,25 +237,32 @@ def load_state(args, net, optimizer):
         raise InputError(f"{path}: not the state of a run with these network options; expected the run's own") from None
 
 
-def prepare_run(args):
-    """Make the run's folder, or refuse to overwrite a run that could be resumed, and write the resolved arguments."""
-    state_path, args_path = args.save_path / STATE_FILE, args.save_path / "args.json"
-    if args.resume and not state_path.exists():
+def check_run(args):
+    """Refuse to overwrite a run that could be resumed, and to resume one that is not there."""
+    found = (args.save_path / STATE_FILE).exists()
+    if args.resume and not found:
         raise InputError(f"--resume: no {STATE_FILE} in {args.save_path}; expected the folder of a stopped run")
-    if state_path.exists() and not args.resume:
+    if found and not args.resume:
         raise InputError(f"--save_path {args.save_path}: holds another run; give --resume to continue it, or another folder")
+
+
+def write_arguments(args):
+    """Write the resolved arguments beside the run, and say which of them a resumed run changes."""
+    path = args.save_path / "args.json"
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    if args.resume and args_path.exists():
-        before = json.loads(args_path.read_text())
+    if args.resume and path.exists():
+        before = json.loads(path.read_text())
         changed = [f"--{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value]
         print(f"resuming {args.save_path}", *changed, sep=", ")
-    write_text(args_path, json.dumps(options, indent=2) + "\n")
+    write_text(path, json.dumps(options, indent=2) + "\n")
 
 
 def load_data(args, device):
     """The training loader and the validation pairs, after packing what has to be packed."""
     sources, val_pairs = [], []
     for folder in args.data_path:
+        if not Path(folder).is_dir():
+            raise InputError(f"--data_path {folder}: no such folder; {DATA_HINT}")
         source, held_out = prepare_patches(
             folder, args.packed_dir, args.patch_size, args.stride, args.preprocess, args.exclude_test, args.val_pairs
         )
@@ -245,11 +272,14 @@ def load_data(args, device):
         pairs, orphans = find_pairs(args.val_path, "--val_path")
         report_orphans(args.val_path, orphans)
         val_pairs += pairs
+    for pair in val_pairs:  # now, not after the first epoch
+        check_sizes(pair)
     dataset = TrainingPatches(sources, args.augment, args.seed)
     batches = ShuffledBatches(len(dataset), args.batch_size, args.seed)
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda",
         persistent_workers=args.num_workers > 0,
+        generator=torch.Generator(),  # else each pass would draw from the global random state, and resuming begins another
     )
     return loader, val_pairs
 
@@ -263,6 +293,29 @@ def build_network(args, device):
         except RuntimeError:
             raise InputError(f"--init_weights {args.init_weights}: weights of another network than the options ask for") from None
     return net.to(memory_format=torch.channels_last) if args.channels_last else net
+
+
+def build_criterion(args, device):
+    """The pixel loss and those semantic terms that the run will come to use."""
+    weights = {
+        "contrast": args.w_contrast if args.use_stage1 and args.use_contrast else 0,
+        "lpips": args.w_lpips if args.use_stage1 and args.use_lpips else 0,
+        "segmentation": args.w_seg if args.use_stage1 and args.use_seg_stage1 else 0,
+    }
+    if weights["segmentation"] and args.seg_start_epoch >= args.epochs:
+        print(f"segmentation loss: not used, as --seg_start_epoch {args.seg_start_epoch} is not under --epochs {args.epochs}")
+        weights["segmentation"] = 0
+    smallest = SMALLEST_IMAGE[args.lpips_net]
+    if weights["lpips"] and args.patch_size < smallest:
+        expected = f"expected {smallest} or more for --lpips_net {args.lpips_net}, or --use_lpips False"
+        raise InputError(f"--patch_size {args.patch_size}: {expected}")
+    criterion = DerainLoss(
+        args.pixel_loss, weights, args.lpips_net, args.num_of_SegClass, args.seg_backbone, args.backbone_dir,
+        args.backbone_weights,
+    )
+    terms = [args.pixel_loss, *(f"{weight:g} {name}" for name, weight in criterion.weights.items())]
+    print("loss:", " + ".join(terms), flush=True)
+    return criterion.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
 
 def end_epoch(args, net, optimizer, position, images, val_pairs, writer, complete, device, seconds):
@@ -310,18 +363,19 @@ def choose_speed(args, device, steps):
 
 def main():
     args = parse_args()
+    check_run(args)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     loader, val_pairs = load_data(args, device)
     net = build_network(args, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    criterion = DerainLoss(args.pixel_loss)
-    prepare_run(args)
+    criterion = build_criterion(args, device)
     position = load_state(args, net, optimizer) if args.resume else Position()
 
     batches = len(loader)
     last_step = min(batches * args.epochs, args.max_steps or batches * args.epochs)
-    choose_speed(args, device, last_step - position.step)
+    choose_speed(args, device, last_step)  # of the whole run: resuming must not change the arithmetic
+    write_arguments(args)
     model = torch.compile(net) if args.compile else net
     print(f"{len(loader.dataset)} patches, {batches} steps an epoch, {len(val_pairs)} validation pairs", flush=True)
     stop = StopSignal()

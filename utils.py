@@ -10,7 +10,7 @@ import pickle
 import re
 import sys
 import time
-import zipfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,12 +103,21 @@ def fast_bfloat16(device):
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
+def free_memory():
+    """Bytes of main memory that a program can take without swapping; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
 # Files
 
 
 def natural_key(path):
     """Sort key under which rain-2 comes before rain-10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def find_images(folder, option):
@@ -135,8 +144,10 @@ def atomic_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
+    except (OSError, RuntimeError) as error:  # HDF5 raises either on a full disk, with three lines of text
+        reason = re.search(r"error message = '(.*?)'", str(error))
+        reason = reason[1] if reason else getattr(error, "strerror", None) or error
+        raise RunError(f"{path}: could not be written ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -162,7 +173,7 @@ def read_image(path):
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16") or (image.format in ("PNG", "TIFF") and is_deep(path)):
+            if image.mode.startswith("I;16") or is_deep(image, path):
                 return read_deep(path)
             image = ImageOps.exif_transpose(image)  # decodes, and raises where data is missing
             return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
@@ -172,18 +183,20 @@ def read_image(path):
         raise InputError(f"{path}: not a readable image ({error})") from None
 
 
-def is_deep(path):
-    """Whether OpenCV finds more than 8 bits a sample, which Pillow would reduce in colour files."""
+def is_deep(image, path):
+    """Whether the file opened as ``image`` has 16 bits a sample, which Pillow would reduce to 8 in colour files."""
+    if image.format == "TIFF":
+        return image.tag_v2.get(258, (8,))[0] == 16
     with open(path, "rb") as file:
         header = file.read(26)
-    return header[24] > 8 if header.startswith(b"\x89PNG") and len(header) == 26 else False
+    return image.format == "PNG" and len(header) == 26 and header[24] == 16
 
 
 def read_deep(path):
     """Decode a 16-bit file to (H, W, 3) RGB or (H, W, 4) RGBA uint16."""
     with open(path, "rb") as file:
         image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None:
+    if image is None or image.dtype != np.uint16:
         raise ValueError("damaged 16-bit image")
     if image.ndim == 2:
         return np.repeat(image[..., None], 3, axis=2)
@@ -280,14 +293,16 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """Read what ``save_checkpoint`` or PyTorch wrote, on the CPU, without running any code the file may hold."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's guesses about damaged files; the error says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a checkpoint (.pth)") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; expected a checkpoint file (.pth)") from None
     except pickle.UnpicklingError:
         raise InputError(f"{path}: refused; expected a checkpoint of plain tensors, not a pickle with other content") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # a damaged file can fail at any point of the unpickler
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: truncated or not a PyTorch checkpoint ({reason})") from None
 
@@ -299,7 +314,8 @@ def load_weights(path):
         InputError: missing or unreadable file, or content that is no dictionary of finite tensors.
     """
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    kinds = {(type(name), isinstance(value, torch.Tensor)) for name, value in state.items()} if isinstance(state, dict) else ()
+    if kinds != {(str, True)}:
         raise InputError(f"{path}: expected a state dict (names and tensors)")
     broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:

@@ -1,0 +1,286 @@
+"""Measure speed and memory, and compare with another implementation in the same run.
+
+    python bench.py --sizes 321x481 --steps 2
+
+prints one table: inference at each size and precision, the training step by phase, packing and the loader. The
+README's figures come from it. Times are medians over alternating repetitions; machines are noisy, ratios less so.
+"""
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from DerainDataset import PackedPatches, ShuffledBatches, TrainingPatches, find_pairs, pack
+from inference import StripRunner
+from losses import DerainLoss
+from networks import SAPNet
+from utils import InputError, at_least, fast_bfloat16, pick_device, run_script, write_text
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCH, PATCH = 12, 100  # the published training step
+BASELINE_PIXELS = 3e6  # larger images take a plain implementation minutes and tens of gigabytes
+
+
+def image_size(text):
+    """``argparse`` type: "321x481" -> (321, 481), height first."""
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, got {text!r}") from None
+    return height, width
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--baseline", metavar="FILE[:CLASS]",
+        help="Python module with a network to compare with, by default the only torch module class that it defines"
+        " whose name ends in Net; it is built without arguments",
+    )
+    parser.add_argument(
+        "--sizes", type=image_size, nargs="*", default=[(321, 481), (1440, 1920), (2848, 4288)], metavar="HxW",
+        help="image sizes (default: 321x481 1440x1920 2848x4288)",
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="timed repetitions of each image (default: 3)")
+    parser.add_argument("--steps", type=at_least(0), default=6, help="timed training steps; 0 leaves them out (default: 6)")
+    parser.add_argument("--data_path", metavar="DIR", help="also time packing this folder, and the loader on it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    return parser.parse_args(argv)
+
+
+def load_baseline(text):
+    """The network that --baseline names, with random weights."""
+    file, _, name = text.partition(":")
+    if not Path(file).is_file():
+        raise InputError(f"--baseline {file}: no such file; expected a Python module")
+    spec = importlib.util.spec_from_file_location("baseline", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = [name] if name else [
+        key for key, value in vars(module).items()
+        if key.endswith("Net") and isinstance(value, type) and value.__module__ == "baseline"
+    ]
+    if len(names) != 1 or not hasattr(module, names[0]):
+        raise InputError(f"--baseline {text}: expected FILE:CLASS, a network class of that module")
+    return getattr(module, names[0])()
+
+
+def final(output):
+    """A network's last estimate, where it returns (estimate, stages)."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def timed(function, device):
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def alternate(functions, repeats, device):
+    """{name: median seconds} of functions that are called in turn, so that a busy machine is busy for all."""
+    for function in functions.values():
+        timed(function, device)
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(timed(function, device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# Inference
+
+
+def build_runner(name, baseline, device):
+    """A function (1, 3, H, W) -> (1, 3, H, W): "baseline", or SAPNet in one of ``PRECISIONS``."""
+    torch.manual_seed(0)
+    if name == "baseline":
+        net = load_baseline(baseline).to(device).eval()
+        return torch.inference_mode()(lambda image: final(net(image)))
+    return StripRunner(SAPNet().to(device), PRECISIONS[name])
+
+
+def memory_kib(field):
+    """A field of this process's /proc status, KiB."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+
+
+def measure_peak(name, baseline, size, device, queue):
+    """Child process: put the bytes a pixel that deraining one image takes above the loaded program."""
+    run = build_runner(name, baseline, device)
+    run(torch.rand(1, 3, 64, 64, device=device))
+    image = torch.rand(1, 3, *size, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(image)
+        used = torch.cuda.max_memory_allocated(device) - before
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = memory_kib("VmRSS")
+        run(image)
+        used = (memory_kib("VmHWM") - before) * 1024
+    queue.put(used / (size[0] * size[1]))
+
+
+def peak_memory(*job):
+    """``measure_peak`` in a process of its own; None where the system has no /proc."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure_peak, args=(*job, queue))
+    process.start()
+    process.join()
+    return queue.get() if process.exitcode == 0 else None
+
+
+def bench_inference(args, device):
+    rows = []
+    for size in args.sizes:
+        names = ["fp32", "bf16"]
+        if args.baseline and size[0] * size[1] <= BASELINE_PIXELS:
+            names.insert(0, "baseline")
+        image = torch.rand(1, 3, *size, device=device)
+        runners = {name: build_runner(name, args.baseline, device) for name in names}
+        seconds = alternate({name: lambda run=run: run(image) for name, run in runners.items()}, args.repeats, device)
+        for name in names:
+            row = {"what": f"inference {size[0]}x{size[1]} {name}", "seconds": seconds[name]}
+            row["microseconds a pixel"] = seconds[name] / (size[0] * size[1]) * 1e6
+            row["bytes a pixel"] = peak_memory(name, args.baseline, size, device)
+            if "baseline" in names:
+                row["ratio"] = seconds[name] / seconds["baseline"]
+            rows.append(row)
+            report(row)
+    return rows
+
+
+# Training
+
+
+def training_step(net, criterion, device, fast, second_forward=False):
+    """A function that trains one step on random patches and returns {phase: seconds}."""
+    amp = fast and fast_bfloat16(device)
+    if fast:
+        net = net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    model = torch.compile(net) if fast else net
+    rainy, clean = (torch.rand(BATCH, 3, PATCH, PATCH, device=device) for _ in range(2))
+
+    def step():
+        marks = [time.perf_counter()]
+
+        def mark():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            marks.append(time.perf_counter())
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            derained = final(model(rainy)).float()
+            mark()
+            loss, _ = criterion(derained, clean, rainy)
+        mark()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        mark()
+        optimizer.step()
+        mark()
+        if second_forward:
+            with torch.no_grad():
+                model(rainy)
+            mark()
+        phases = ("forward", "loss", "backward", "optimizer", "second forward")
+        return {phase: end - start for phase, start, end in zip(phases, marks, marks[1:])}
+
+    return step
+
+
+def bench_training(args, device):
+    torch.manual_seed(0)
+    pixel = DerainLoss(weights={}).to(device)
+    every = DerainLoss(backbone_weights="random").to(device, memory_format=torch.channels_last)
+    steps = {
+        "pixel loss": training_step(SAPNet().to(device), pixel, device, fast=True),
+        "all losses": training_step(SAPNet().to(device), every, device, fast=True),
+    }
+    if args.baseline:
+        steps = {"baseline": training_step(load_baseline(args.baseline).to(device), pixel, device, False, True), **steps}
+    phases = {name: [] for name in steps}
+    for repetition in range(args.steps + 2):
+        for name, step in steps.items():
+            result = step()
+            if repetition >= 2:  # compilation and warm-up
+                phases[name].append(result)
+    rows = []
+    for name, results in phases.items():
+        medians = {phase: statistics.median(result[phase] for result in results) for phase in results[0]}
+        row = {"what": f"training step, {name}", "seconds": sum(medians.values())}
+        row["patches a second"] = BATCH / row["seconds"]
+        if rows:
+            row["ratio"] = row["seconds"] / rows[0]["seconds"]  # to the baseline, or without one to the pixel loss
+        rows.append({**row, **medians})
+        report(rows[-1])
+    return rows
+
+
+def bench_data(args):
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.h5"
+        pairs, _ = find_pairs(args.data_path)
+        start = time.perf_counter()
+        pack(pairs, path, PATCH, 80)
+        rows.append({"what": f"packing {len(pairs)} pairs", "seconds": time.perf_counter() - start})
+        rows[-1]["megabytes"] = path.stat().st_size / 1e6
+        report(rows[-1])
+        for workers in (1, 2):
+            dataset = TrainingPatches([PackedPatches(path)])
+            loader = DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), BATCH), num_workers=workers)
+            batches = iter(loader)
+            next(batches)  # the workers' start
+            start = time.perf_counter()
+            count = sum(len(indices) for _, _, indices in batches)
+            seconds = time.perf_counter() - start
+            rows.append({"what": f"loader, {workers} workers", "seconds": seconds, "patches a second": count / seconds})
+            report(rows[-1])
+    return rows
+
+
+def report(row):
+    """Print one row of the table."""
+    figures = "  ".join(
+        f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)
+    )
+    print(f"{row['what']:36} {figures}", flush=True)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = {"device": processor, "torch": torch.__version__, "python": platform.python_version()}
+    print(*(f"{name} {value}" for name, value in machine.items()), sep=", ", flush=True)
+    rows = bench_inference(args, device)
+    if args.steps:
+        rows += bench_training(args, device)
+    if args.data_path:
+        rows += bench_data(args)
+    if args.json:
+        write_text(args.json, json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)
