@@ -446,10 +446,12 @@ class ShuffledBatches(Sampler):
         length: number of patches.
         batch_size: patches a batch; the incomplete batch at the end of an epoch is left out.
         seed: of the order.
+        rank, ranks: with several processes, each gets its share of every batch.
     """
 
-    def __init__(self, length, batch_size, seed=0):
+    def __init__(self, length, batch_size, seed=0, rank=0, ranks=1):
         self.length, self.batch_size, self.seed = length, min(batch_size, length), seed
+        self.rank, self.ranks = rank, ranks
         self.epoch = self.first = 0
 
     def start(self, epoch, first=0):
@@ -462,7 +464,8 @@ class ShuffledBatches(Sampler):
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         for k in range(self.first, self.length // self.batch_size):
-            yield [(self.epoch, int(index)) for index in order[k * self.batch_size : (k + 1) * self.batch_size]]
+            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+            yield [(self.epoch, int(index)) for index in batch[self.rank :: self.ranks]]
 
 
 def parse_args():

@@ -3,12 +3,15 @@
     python train.py --data_path datasets/train/RainTrainH --save_path logs/SAPNet/Model11
 
 Packs the images of --data_path by itself, and writes weights, logs and the resumable state under --save_path.
+Several GPUs: torchrun --nproc_per_node=N train.py ...
 """
 import argparse
 import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,7 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from DerainDataset import ShuffledBatches, TrainingPatches, check_sizes, find_pairs, prepare_patches, report_orphans
@@ -24,7 +31,7 @@ from inference import StripRunner
 from losses import BACKBONE_WEIGHTS, LPIPS_NETS, PIXEL_LOSSES, SMALLEST_IMAGE, WEIGHTS, DerainLoss
 from networks import RESIDUAL_CONVS, SEG_BACKBONES, SAPNet
 from utils import (
-    InputError, RunError, add_flag, at_least, fast_bfloat16, load_checkpoint, load_weights, measure, pick_device,
+    InputError, RunError, add_flag, at_least, fast_bfloat16, join_processes, load_checkpoint, load_weights, measure, pick_device,
     progress, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
 )
 
@@ -135,6 +142,52 @@ class StopSignal:
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def agree(self, device):
+        """Whether any process of the run was asked to stop; all must call this at the same step."""
+        if distributed.is_initialized():
+            flag = torch.tensor(float(self.received), device=device)
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+            self.received = bool(flag)
+        return self.received
+
+
+class EventFile:
+    """TensorBoard records in tensorboardX's format, written at once.
+
+    tensorboardX's ``SummaryWriter`` writes from a thread, which a full disk ends, and the run then waits for it forever.
+
+    Args:
+        folder: the run's.
+        purge_step: TensorBoard drops what earlier files of the folder hold from this step on.
+        enabled: False writes nothing.
+    """
+
+    def __init__(self, folder, purge_step, enabled=True):
+        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self.enabled = enabled
+        self.write(step=purge_step, file_version="brain.Event:2")
+        self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, **content):
+        if not self.enabled:
+            return
+        record = b""
+        data = Event(wall_time=time.time(), **content).SerializeToString()
+        for part in (struct.pack("<Q", len(data)), data):
+            record += part + struct.pack("<I", masked_crc32c(part))
+        try:
+            with open(self.path, "ab") as file:
+                file.write(record)
+        except OSError as error:
+            raise RunError(f"{self.path}: could not be written ({error.strerror})") from None
+
+    def add_scalar(self, name, value, step):
+        self.write(step=step, summary=summary.scalar(name, value))
+
+    def add_image(self, name, image, step):
+        """Add a (3, H, W) array in [0, 1]."""
+        self.write(step=step, summary=summary.image(name, image))
+
 
 @dataclass
 class Position:
@@ -147,11 +200,11 @@ class Position:
     totals: dict = field(default_factory=dict)  # sums over the epoch's batches, by name
 
 
-def check_finite(loss, indices, dataset):
-    """Stop the run if a step's loss is not a finite number, naming the batch."""
-    if not loss.isfinite():
+def check_finite(value, indices, dataset, what="loss"):
+    """Stop the run if a step's loss, or what else is given, is not a finite number, naming the batch."""
+    if not value.isfinite():
         names = "; ".join(dataset.describe(int(index)) for index in indices)
-        raise RunError(f"the loss is {loss.item()} on the batch of {names}; the last checkpoint is kept")
+        raise RunError(f"the {what} is {value.item()} on the batch of {names}; the last checkpoint is kept")
 
 
 def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device):
@@ -195,11 +248,24 @@ def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer,
                 writer.add_scalar(f"train/{name}", value.item(), position.step)
             writer.add_scalar("train/learning_rate", rate, position.step)
             shown = f"loss {loss.item():.4f}, PSNR {terms['psnr'].item():.2f} dB"
-        if stop.received or position.step == args.max_steps:
+        # Agreeing makes the processes wait for one another, so several do not ask at every step.
+        due = not distributed.is_initialized() or position.step % args.log_interval == 0
+        if position.step == args.max_steps or due and stop.agree(device):
             break
     if unchecked:
         check_finite(*unchecked, loader.dataset)
+        # A gradient that is not finite shows in the next step's loss, and here there is none before the checkpoint.
+        norm = torch.stack([parameter.detach().norm() for parameter in model.parameters()]).norm()
+        check_finite(norm, unchecked[1], loader.dataset, "norm of the weights")
     return images
+
+
+def average_totals(totals, ranks, device):
+    """Make ``totals`` the same in all processes: the average of theirs."""
+    for name in totals:
+        value = torch.as_tensor(totals[name], dtype=torch.float32, device=device)
+        distributed.all_reduce(value)
+        totals[name] = value / ranks
 
 
 def validate(net, pairs, device):
@@ -257,8 +323,12 @@ def write_arguments(args):
     write_text(path, json.dumps(options, indent=2) + "\n")
 
 
-def load_data(args, device):
+def load_data(args, device, rank, ranks):
     """The training loader and the validation pairs, after packing what has to be packed."""
+    if args.batch_size % ranks:
+        raise InputError(f"--batch_size {args.batch_size}: expected a multiple of the {ranks} processes, which share it")
+    if rank > 0:
+        distributed.barrier()  # the first process packs, the others read
     sources, val_pairs = [], []
     for folder in args.data_path:
         if not Path(folder).is_dir():
@@ -272,10 +342,14 @@ def load_data(args, device):
         pairs, orphans = find_pairs(args.val_path, "--val_path")
         report_orphans(args.val_path, orphans)
         val_pairs += pairs
+    if rank == 0 and ranks > 1:
+        distributed.barrier()
     for pair in val_pairs:  # now, not after the first epoch
         check_sizes(pair)
     dataset = TrainingPatches(sources, args.augment, args.seed)
-    batches = ShuffledBatches(len(dataset), args.batch_size, args.seed)
+    if len(dataset) < ranks:
+        raise InputError(f"--data_path: {len(dataset)} patches are not enough for {ranks} processes")
+    batches = ShuffledBatches(len(dataset), args.batch_size, args.seed, rank, ranks)
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda",
         persistent_workers=args.num_workers > 0,
@@ -318,8 +392,8 @@ def build_criterion(args, device):
     return criterion.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
 
-def end_epoch(args, net, optimizer, position, images, val_pairs, writer, complete, device, seconds):
-    """Validate, write the checkpoints and the log line, and move ``position`` on if the epoch is complete."""
+def report_epoch(args, net, position, images, val_pairs, writer, complete, device, seconds):
+    """Validate and write what an epoch leaves beside the state: its log line, its weights, the best weights."""
     record = {"epoch": position.epoch + 1, "step": position.step, "learning_rate": learning_rate(args, position.epoch)}
     record |= {name: float(total) / position.batch for name, total in position.totals.items()}
     record["seconds"] = round(seconds, 1)
@@ -334,14 +408,10 @@ def end_epoch(args, net, optimizer, position, images, val_pairs, writer, complet
     if images:
         for name, batch in zip(("rainy", "derained", "clean"), images):
             writer.add_image(name, batch[0].clamp(0, 1).float().cpu().numpy(), position.step)
-    writer.flush()
     write_log_line(args.save_path / "log.jsonl", record)
     print(", ".join(f"{name} {value:.6g}" for name, value in record.items()), flush=True)
-    if complete:
-        position.epoch, position.batch, position.totals = position.epoch + 1, 0, {}
-        if position.epoch % args.save_freq == 0:
-            save_checkpoint(args.save_path / f"net_epoch{position.epoch}.pth", net.state_dict())
-    save_state(args, net, optimizer, position)
+    if complete and record["epoch"] % args.save_freq == 0:
+        save_checkpoint(args.save_path / f"net_epoch{record['epoch']}.pth", net.state_dict())
 
 
 def write_log_line(path, record):
@@ -361,12 +431,9 @@ def choose_speed(args, device, steps):
     print(f"device {device}, bfloat16 {args.amp}, compile {args.compile}, channels_last {args.channels_last}", flush=True)
 
 
-def main():
-    args = parse_args()
-    check_run(args)
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    loader, val_pairs = load_data(args, device)
+def train(args, device, rank, ranks):
+    """Run the training that ``args`` describe, as process ``rank`` of ``ranks``; return whether it was interrupted."""
+    loader, val_pairs = load_data(args, device, rank, ranks)
     net = build_network(args, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     criterion = build_criterion(args, device)
@@ -375,26 +442,56 @@ def main():
     batches = len(loader)
     last_step = min(batches * args.epochs, args.max_steps or batches * args.epochs)
     choose_speed(args, device, last_step)  # of the whole run: resuming must not change the arithmetic
-    write_arguments(args)
+    if rank == 0:
+        write_arguments(args)
     model = torch.compile(net) if args.compile else net
+    if ranks > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     print(f"{len(loader.dataset)} patches, {batches} steps an epoch, {len(val_pairs)} validation pairs", flush=True)
-    stop = StopSignal()
-    with SummaryWriter(str(args.save_path), purge_step=position.step) as writer:
-        while position.epoch < args.epochs:
-            started, images = time.monotonic(), None
-            if args.use_stage1 and position.step < last_step:
-                images = train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device)
-            complete = position.batch == batches
-            if stop.received and not complete:
-                save_state(args, net, optimizer, position)
-                print(f"stopped in epoch {position.epoch + 1} after step {position.step}; the same command with --resume continues")
-                sys.exit(130)
-            end_epoch(args, net, optimizer, position, images, val_pairs, writer, complete, device, time.monotonic() - started)
-            if not args.use_stage1 or position.step >= last_step:
-                break
-            if stop.received:
-                print(f"stopped after epoch {position.epoch}; the same command with --resume continues")
-                sys.exit(130)
+    if position.epoch >= args.epochs:
+        print(f"the run has all its {position.epoch} epochs; a larger --epochs trains on")
+    stop, interrupted = StopSignal(), False
+    writer = EventFile(args.save_path, position.step, enabled=rank == 0)
+    while position.epoch < args.epochs:
+        started, images = time.monotonic(), None
+        if args.use_stage1 and position.step < last_step:
+            images = train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device)
+        if ranks > 1:
+            average_totals(position.totals, ranks, device)
+        complete, interrupted = position.batch == batches, stop.agree(device)
+        if rank == 0 and (complete or not interrupted):
+            seconds = time.monotonic() - started
+            report_epoch(args, net, position, images, val_pairs, writer, complete, device, seconds)
+        if complete:
+            position.epoch, position.batch, position.totals = position.epoch + 1, 0, {}
+        if rank == 0:
+            save_state(args, net, optimizer, position)
+        if interrupted or not args.use_stage1 or position.step >= last_step:
+            break
+    if interrupted and position.step < last_step:
+        print(f"stopped after step {position.step}; the same command with --resume continues")
+        return True
+    return False
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    rank, ranks = join_processes(device)
+    if rank == 0:
+        check_run(args)
+    try:
+        interrupted = train(args, device, rank, ranks)
+    except RuntimeError as error:
+        if ranks == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunError(f"process {rank} of {ranks} stopped ({reason}); --resume continues from the last checkpoint") from None
+    if ranks > 1:
+        distributed.destroy_process_group()
+    if interrupted:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from skimage.metrics import structural_similarity
+from torch import distributed
 from tqdm import tqdm
 
 from networks import SAPNet
@@ -84,9 +85,9 @@ def at_least(minimum, kind=int):
 
 
 def pick_device(name):
-    """The torch device for --device: "auto" takes the GPU when there is one."""
+    """The torch device for --device: "auto" takes the GPU when there is one, each process of a machine its own."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -94,6 +95,23 @@ def pick_device(name):
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: expected auto, cpu or a CUDA device of this machine ({reason})") from None
     return device
+
+
+def join_processes(device):
+    """Join the processes that torchrun started, and silence the output of all but the first.
+
+    Returns:
+        (rank, ranks): (0, 1) without torchrun.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, ranks
 
 
 def fast_bfloat16(device):
@@ -144,10 +162,8 @@ def atomic_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # HDF5 raises either on a full disk, with three lines of text
-        reason = re.search(r"error message = '(.*?)'", str(error))
-        reason = reason[1] if reason else getattr(error, "strerror", None) or error
-        raise RunError(f"{path}: could not be written ({reason})") from None
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -362,7 +378,7 @@ def progress(items, description, total=None, status=None):
     """
     total = len(items) if total is None else total
     status = status or (lambda: "")
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         with tqdm(items, desc=description, total=total, dynamic_ncols=True) as bar:
             for item in bar:
                 yield item

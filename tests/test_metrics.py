@@ -32,16 +32,20 @@ def expected(shared):
 
 def check_images(weights, data_set, expected, output_path, chosen):
     """Derain as test.py does; compare what it measures ("round") and the truncating saver, from the same forward pass."""
-    net = load_network(SHARED / f"weights/{weights}.pth")
+    runner = test_script.StripRunner(load_network(SHARED / f"weights/{weights}.pth"))
     outputs = []
-    net.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+
+    def listening(rainy):
+        outputs.append(runner(rainy))
+        return outputs[-1]
+
     images = expected[f"{weights} on {data_set}"]["images"]
     pairs, _ = find_pairs(SHARED / "data/test" / data_set)
     assert [pair.rainy.name for pair in pairs] == list(images)
     rows = []
     for pair in pairs[chosen]:
         png = output_path / pair.rainy.name
-        row = test_script.process(net, pair, png, torch.device("cpu"))
+        row = test_script.process(listening, pair, png, torch.device("cpu"))
         rows.append(row)
         assert_agrees(row, images[pair.rainy.name]["round"], f"{pair.rainy.name}, rounded")
         clean = read_rgb(pair.clean)

@@ -241,7 +241,7 @@ def whole(train_run, pairs_dir):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_run_stopped_after_an_epoch_resumes_exactly(train_run, monkeypatch, whole, pairs_dir, workers):
-    """Stop as Ctrl-C does, while epoch 2 is being validated."""
+    """Ctrl-C while epoch 2 is being validated."""
     validate, calls = train.validate, []
 
     def stop_in_second(*args):
@@ -253,7 +253,7 @@ def test_run_stopped_after_an_epoch_resumes_exactly(train_run, monkeypatch, whol
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", stop_in_second)
         folder, result = train_run("stopped", val_path=pairs_dir, num_workers=workers, status=130)
-    assert "stopped after epoch 2" in result.out and "--resume" in result.out
+    assert "--resume continues" in result.out.splitlines()[-1]
     assert [line["epoch"] for line in records(folder)] == [1, 2]
     torch.rand(100)  # the random state must come from the file
     train_run("stopped", "--resume", val_path=pairs_dir, num_workers=workers)
@@ -348,6 +348,21 @@ def test_non_finite_loss_names_the_batch_and_keeps_the_last_checkpoint(train_run
     else:
         assert_same_weights(tmp_path / "bad/net_latest.pth", good / "net_latest.pth")
         assert [line["epoch"] for line in records(tmp_path / "bad")] == [1]
+
+
+def test_non_finite_gradient_in_an_epochs_last_step_is_not_saved(refused, monkeypatch, pairs_dir, tmp_path):
+    """Its loss was finite still: only the weights tell."""
+    step, steps = torch.optim.Adam.step, []
+
+    def spoil(self, *args, **named):
+        steps.append(1)
+        if len(steps) == STEPS_AN_EPOCH:
+            self.param_groups[0]["params"][0].grad[0] = float("inf")
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoil)
+    refused("train", *options(pairs_dir, tmp_path / "run"), status=1, names=["norm of the weights is nan", " at row "])
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_validation_pair_of_two_sizes_is_refused_before_training(refused, pairs_dir, tmp_path):

@@ -1,0 +1,100 @@
+"""The strip runner against the plain network: same numbers, whatever the size, the strips and the memory."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import inference
+from inference import FeatureMap, StripRunner, column_sums, dense_kernel, window_sums
+from networks import RESIDUAL_CONVS, SAPNet
+from utils import load_network, luma, psnr, read_rgb, to_image, to_tensor
+
+VARIANTS = [
+    {}, {"use_dilation": False}, {"residual_conv": "separable"}, {"residual_conv": "split"},
+    {"use_dilation": False, "use_cra": False},
+]
+
+
+def network(seed=0, **variant):
+    torch.manual_seed(seed)
+    return SAPNet(recurrent_iter=3, **variant).eval()
+
+
+def difference(net, image, dtype=torch.float32, **options):
+    with torch.inference_mode():
+        expected = net(image)
+    result = StripRunner(net, dtype, **options)(image)
+    assert result.dtype == torch.float32 and result.shape == expected.shape
+    return (result - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("strip_pixels", [1, 400, 2**20])
+def test_equals_the_network(variant, strip_pixels, monkeypatch):
+    monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", strip_pixels)
+    assert difference(network(**variant), torch.rand(1, 3, 37, 53)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (5, 9), (15, 17), (33, 31)])
+def test_equals_the_network_where_the_dilation_exceeds_the_image(size):
+    assert difference(network(), torch.rand(1, 3, *size)) < 1e-5
+
+
+def test_a_temporary_file_instead_of_memory_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    net, image = network(), torch.rand(1, 3, 40, 50)
+    mapped = []
+    monkeypatch.setattr(torch, "from_file", lambda *args, real=torch.from_file, **kw: mapped.append(args) or real(*args, **kw))
+    assert torch.equal(StripRunner(net, max_memory=0)(image), StripRunner(net)(image))
+    assert len(mapped) == 5 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision_stays_close(dtype, bound):
+    assert 0 < difference(network(), torch.rand(1, 3, 48, 64), dtype) < bound
+
+
+@pytest.mark.parametrize("kind", RESIDUAL_CONVS)
+def test_dense_kernel_is_the_same_convolution(kind):
+    torch.manual_seed(0)
+    conv, v = RESIDUAL_CONVS[kind](32, 32, 3, padding=4, dilation=4), torch.rand(1, 32, 20, 21)
+    weight, bias = dense_kernel(conv)
+    torch.testing.assert_close(F.conv2d(v, weight, bias, padding=4, dilation=4), conv(v), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dilation", [1, 3, 16])
+@pytest.mark.parametrize("size", [(20, 34), (7, 5)])
+def test_window_sums_give_the_mean_of_the_convolution(dilation, size):
+    torch.manual_seed(0)
+    features = FeatureMap(4, *size, torch.float32, "cpu")
+    v = features.rows(0, size[0])
+    v.copy_(torch.rand(1, 4, *size))
+    weight = torch.rand(6, 4, 3, 3)
+    expected = F.conv2d(v.double(), weight.double(), padding=dilation, dilation=dilation).mean((2, 3))[0]
+    sums = window_sums(features, column_sums(v), dilation)
+    mean = torch.einsum("oikl,kli->o", weight.double(), sums) / (size[0] * size[1])
+    torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_equals_the_golden_outputs(shared):
+    golden = np.load(shared / "reference" / "golden.npz")
+    rainy = torch.from_numpy(golden["rainy"])
+    for name in ("sapnet_published_2021-09", "sapnet_published_2021-11", "prenet_rain100h", "prenet_rain100l"):
+        runner = StripRunner(load_network(shared / "weights" / f"{name}.pth"))
+        for image, expected in zip(rainy, golden[name]):
+            assert np.abs(runner(image[None])[0].numpy() - expected).max() < 1e-5, name
+
+
+@pytest.mark.slow
+def test_bfloat16_keeps_the_psnr_of_the_real_sets(shared):
+    net = load_network(shared / "weights" / "sapnet_published_2021-09.pth")
+    runners = StripRunner(net), StripRunner(net, torch.bfloat16)
+    for name in ("Rain100L", "Rain100H"):
+        folder, changes = shared / "data" / "test" / name, []
+        for number in range(1, 21):
+            rainy = to_tensor(read_rgb(folder / "rainy" / f"rain-{number:03d}.png"))
+            clean = luma(read_rgb(folder / f"norain-{number:03d}.png"))
+            full, half = (psnr(luma(to_image(runner(rainy))), clean) for runner in runners)
+            changes.append(half - full)
+        print(f"{name}: bf16 changes PSNR-Y by {np.mean(changes):+.4f} dB, at most {np.abs(changes).max():.4f} dB an image")
+        assert abs(np.mean(changes)) < 0.02
