@@ -32,7 +32,7 @@ from losses import BACKBONE_WEIGHTS, LPIPS_NETS, PIXEL_LOSSES, SMALLEST_IMAGE, W
 from networks import RESIDUAL_CONVS, SEG_BACKBONES, SAPNet
 from utils import (
     InputError, RunError, add_flag, at_least, fast_bfloat16, join_processes, load_checkpoint, load_weights, measure, pick_device,
-    progress, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
+    progress, read_options, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
 )
 
 STATE_FILE = "train_state.pth"
@@ -316,8 +316,8 @@ def write_arguments(args):
     """Write the resolved arguments beside the run, and say which of them a resumed run changes."""
     path = args.save_path / "args.json"
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    if args.resume and path.exists():
-        before = json.loads(path.read_text())
+    if args.resume:
+        before = read_options(args.save_path)
         changed = [f"--{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value]
         print(f"resuming {args.save_path}", *changed, sep=", ")
     write_text(path, json.dumps(options, indent=2) + "\n")
@@ -345,7 +345,8 @@ def load_data(args, device, rank, ranks):
     if rank == 0 and ranks > 1:
         distributed.barrier()
     for pair in val_pairs:  # now, not after the first epoch
-        check_sizes(pair)
+        if min(check_sizes(pair)) < 11:
+            raise InputError(f"{pair.rainy}: expected validation images of 11 px or more, the window of SSIM")
     dataset = TrainingPatches(sources, args.augment, args.seed)
     if len(dataset) < ranks:
         raise InputError(f"--data_path: {len(dataset)} patches are not enough for {ranks} processes")

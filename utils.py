@@ -339,6 +339,20 @@ def load_weights(path):
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
+def read_options(folder):
+    """The resolved options of a training run, from args.json in its folder; empty where there is none."""
+    path = Path(folder) / "args.json"
+    try:
+        options = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); expected the options of a training run, or no such file") from None
+    if not isinstance(options, dict):
+        raise InputError(f"{path}: expected the options of a training run, or no such file")
+    return options
+
+
 def load_network(save_path, recurrent_iter=None, use_dilation=None):
     """Rebuild a network from its checkpoint, in evaluation mode on the CPU.
 
@@ -354,14 +368,13 @@ def load_network(save_path, recurrent_iter=None, use_dilation=None):
     if path.is_dir():
         path = path / "net_latest.pth"
     state = load_weights(path)
-    try:
-        options = json.loads((path.parent / "args.json").read_text())
-    except (OSError, ValueError):
-        options = {}
+    options = read_options(path.parent)
     if recurrent_iter is None:
         recurrent_iter = options.get("recurrent_iter", 6)
     if use_dilation is None:
         use_dilation = options.get("use_dilation")
+    if type(recurrent_iter) is not int or recurrent_iter < 1 or use_dilation not in (None, True, False):
+        raise InputError(f"{path.parent / 'args.json'}: expected recurrent_iter of 1 or more and use_dilation true or false")
     try:
         return SAPNet.from_state_dict(state, recurrent_iter, use_dilation).eval()
     except ValueError as error:

@@ -201,6 +201,18 @@ def test_bad_checkpoint_to_test_with(refused_untouched, tmp_path, one_image, kin
     assert len(message) < 600
 
 
+@pytest.mark.parametrize("format_options", [{}, OLD], ids=["new format", "old format"])
+def test_checkpoint_cut_anywhere_is_an_input_error(tmp_path, format_options):
+    path = tmp_path / "weights.pth"
+    torch.save(good_state(), path, **format_options)
+    data = path.read_bytes()
+    lengths = [*range(64), *range(64, 4096, 101), *range(4096, len(data), len(data) // 50), len(data) - 1]
+    for length in lengths:
+        path.write_bytes(data[:length])
+        with pytest.raises(utils.InputError, match="weights.pth"):
+            utils.load_network(path)
+
+
 @pytest.mark.parametrize("kind", ["missing", "truncated", "other architecture", "NaN"])
 def test_bad_checkpoint_to_start_from(refused, tmp_path, pairs_dir, kind):
     path = tmp_path / "weights.pth"
@@ -378,3 +390,10 @@ def test_shell_sees_one_line_and_status_2(tmp_path, script):
     _, err = child.communicate(timeout=120)
     assert child.returncode == 2
     assert err.startswith(f"{script}: error: {option} {tmp_path / 'none'}: no such folder") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"recurrent_iter": "six"}', '{"use_dilation": "maybe"}'])
+def test_damaged_arguments_beside_a_checkpoint(refused, checkpoint, pairs_dir, tmp_path, text):
+    path = checkpoint.parent / "args.json"
+    path.write_text(text)
+    refused("test", "--save_path", checkpoint, "--test_data_path", pairs_dir, "--output_path", tmp_path / "out", names=[path])

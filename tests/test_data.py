@@ -1,5 +1,7 @@
 """Finding pairs, packing them, reading them back, and the guard against test backgrounds."""
 import itertools
+import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -161,6 +163,9 @@ def test_packing_happens_once_and_again_after_a_change(pairs_dir, tmp_path, caps
     changed = prepare(pairs_dir, packed_dir)
     assert "have changed" in packed_because()
     assert np.array_equal(changed[0][0], read_rgb(pairs_dir / "rain-1.png")[:32, :32])
+    os.utime(pairs_dir / "norain-3.png", ns=(0, 0))  # an edit may keep the size
+    prepare(pairs_dir, packed_dir)
+    assert "have changed" in packed_because()
     for option in ({"stride": 16}, {"patch_size": 24}, {"hold_out": 1}):
         prepare(pairs_dir, packed_dir, **option)
         assert "have changed" in packed_because(), option
@@ -326,13 +331,27 @@ def test_workers_do_not_change_the_batches(dataset, workers, context):
     dataset[0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork")
 def test_each_process_opens_each_file_once(dataset, monkeypatch):
+    """A handle that crossed a fork shares HDF5's state with its parent."""
     opened = []
     h5_file = h5py.File
     monkeypatch.setattr(h5py, "File", lambda path, *args: opened.append(path) or h5_file(path, *args))
-    for index in range(len(dataset)):
-        dataset[0, index]
-    assert len(opened) == len(set(opened)) == 3
+
+    def read_all():
+        opened.clear()
+        for index in range(len(dataset)):
+            dataset[0, index]
+        return [path.name for path in opened]
+
+    files = ["pairs", "train_input", "train_target"]
+    assert [name.removesuffix(".h5").partition("-")[0] for name in sorted(read_all())] == files
+    assert read_all() == []
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=lambda: send.send(read_all()))
+    child.start()
+    assert receive.poll(30) and len(receive.recv()) == 3
+    child.join()
 
 
 def test_augmentation_mirrors_both_and_depends_on_seed_epoch_and_index_alone(dataset):
@@ -404,3 +423,23 @@ def test_real_training_photographs_are_told_from_test_backgrounds(shared, train,
     pairs = [Pair(path, path) for path in folder.iterdir()] if train == "clean" else find_pairs(folder)[0]
     found = find_leaks(pairs, shared / "data/test/Rain100L")
     assert len(found) == leaks, found
+
+
+def test_sources_of_several_patch_sizes_are_refused(pairs_dir, tmp_path):
+    sources = [prepare_patches(pairs_dir, tmp_path, size, 20)[0] for size in (24,)]
+    sources.append(prepare_patches(make_pairs(tmp_path / "others"), tmp_path, 32, 20)[0])
+    with pytest.raises(InputError, match="patches of one size, found 24 px .* 32 px"):
+        TrainingPatches(sources)
+
+
+def test_holding_out_every_pair_is_refused(pairs_dir, tmp_path):
+    with pytest.raises(InputError, match="3 pairs, of which 3 are held out"):
+        prepare_patches(pairs_dir, tmp_path, 32, 20, hold_out=3)
+
+
+def test_the_rainy_folder_is_found_from_inside(tmp_path, monkeypatch):
+    save(tmp_path / "set/norain-1.png", photo(1))
+    save(tmp_path / "set/rainy/rain-1.png", photo(2))
+    monkeypatch.chdir(tmp_path / "set/rainy")
+    (pair,), _ = find_pairs(".", ground_truth_required=False)
+    assert pair.clean.name == "norain-1.png"

@@ -93,6 +93,20 @@ def test_log_has_a_line_an_epoch(train_run, pairs_dir):
         assert all(np.isfinite(line[name]) for name in ("psnr", "val_psnr_y", "val_ssim_y", "val_psnr_rgb", "val_ssim_rgb", "seconds"))
 
 
+def test_optimizer_steps_at_the_schedules_rate(train_run, monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+
+    def look(self, *args, **named):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", look)
+    train_run(lr=0.01, milestone=1, max_steps=6)
+    train_run("run", "--resume", lr=0.01, milestone=1)
+    assert rates == pytest.approx([0.01] * 4 + [0.002] * 8)
+
+
 def test_logged_validation_is_that_of_the_saved_weights(train_run, pairs_dir):
     folder, _ = train_run(val_path=pairs_dir, epochs=1)
     net = load_network(folder)
@@ -274,6 +288,21 @@ def test_run_cut_by_max_steps_resumes_exactly(train_run, whole, pairs_dir, steps
     for name in ("net_latest.pth", "net_epoch1.pth", "net_epoch2.pth", "net_epoch3.pth"):
         assert_same_weights(folder / name, whole / name)
     assert [line["step"] for line in records(folder)] == [4, 8, 12]
+
+
+def test_resume_restores_the_random_state(train_run, monkeypatch):
+    """Nothing draws from it today; a loss that does must go on as if it had never stopped."""
+    forward = train.DerainLoss.forward
+
+    def noisy(self, *args, **named):
+        total, terms = forward(self, *args, **named)
+        return total * torch.rand(()), terms
+
+    monkeypatch.setattr(train.DerainLoss, "forward", noisy)
+    whole, _ = train_run("whole", epochs=2)
+    cut, _ = train_run("cut", epochs=2, max_steps=3)
+    train_run("cut", "--resume", epochs=2)
+    assert_same_weights(cut / "net_latest.pth", whole / "net_latest.pth")
 
 
 def test_ctrl_c_in_the_terminal_stops_saves_and_resumes_exactly(train_run, whole, pairs_dir, tmp_path):
