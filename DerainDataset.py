@@ -294,7 +294,9 @@ def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, ex
         pairs = [pair for pair in pairs if pair not in leaks]
         print(f"{folder}: left out {len(leaks)} pairs with a background of {test_folder}")
     if len(pairs) <= hold_out:
-        raise InputError(f"--data_path {folder}: {len(pairs)} pairs, of which {hold_out} are held out; none is left to train on")
+        raise InputError(
+            f"--data_path {folder}: {len(pairs)} pairs, of which {hold_out} are held out; none is left to train on"
+        )
     held_out = [pairs[k * len(pairs) // hold_out] for k in range(hold_out)]
     pairs = [pair for pair in pairs if pair not in held_out]
     path = packed_path(folder, packed_dir)
@@ -381,7 +383,8 @@ class PReNetPatches(HDF5Patches):
         for path in self.paths:
             with self.open(path) as file:
                 lengths.append(len(file))
-                if "0" not in file or str(lengths[-1] - 1) not in file or file["0"].ndim != 3 or file["0"].shape[0] != 3:
+                last = str(lengths[-1] - 1)
+                if "0" not in file or last not in file or file["0"].ndim != 3 or file["0"].shape[0] != 3:
                     raise InputError(f'{path}: expected (3, P, P) data sets with the keys "0", "1", ...')
                 self.patch_size = file["0"].shape[1]
         if lengths[0] != lengths[1]:

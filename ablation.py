@@ -17,7 +17,9 @@ import torch
 from DerainDataset import prepare_patches
 from inference import StripRunner
 from losses import LPIPSLoss, PerceptualContrastiveLoss
-from utils import RunError, at_least, load_network, measure, progress, read_rgb, run_script, to_image, to_tensor, write_text
+from utils import (
+    RunError, at_least, load_network, measure, progress, read_rgb, run_script, to_image, to_tensor, write_text,
+)
 
 HELD_OUT = 20
 RUNS = {
@@ -31,12 +33,20 @@ RUNS = {
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", required=True, metavar="DIR", help="folder of pairs to train on and hold out from")
+    parser.add_argument(
+        "--data_path", required=True, metavar="DIR", help="folder of pairs to train on and hold out from"
+    )
     parser.add_argument("--max_steps", type=at_least(1), default=500, help="steps of each run (default: 500)")
     parser.add_argument("--epochs", type=at_least(1), default=100, help="at most so many (default: 100)")
     parser.add_argument("--backbone_dir", metavar="DIR", help="folder of the backbones' weights")
-    parser.add_argument("--logs", type=Path, default=Path("logs/ablation"), metavar="DIR", help="folder of the runs (default: logs/ablation)")
-    parser.add_argument("--output", type=Path, default=Path("results/ablation.md"), metavar="FILE", help="the table (default: results/ablation.md)")
+    parser.add_argument(
+        "--logs", type=Path, default=Path("logs/ablation"), metavar="DIR",
+        help="folder of the runs (default: logs/ablation)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/ablation.md"), metavar="FILE",
+        help="the table (default: results/ablation.md)",
+    )
     return parser.parse_known_args(argv)
 
 
@@ -48,7 +58,8 @@ def evaluate(weights, pairs, lpips, pcl):
         rainy, clean = (to_tensor(read_rgb(path)) for path in pair)
         derained = runner(rainy).clamp(0, 1)
         scores = measure(to_image(derained), to_image(clean))
-        rows.append((scores["psnr_y"], scores["ssim_y"], lpips(derained, clean).item(), pcl(derained, clean, rainy).item()))
+        distances = lpips(derained, clean).item(), pcl(derained, clean, rainy).item()
+        rows.append((scores["psnr_y"], scores["ssim_y"], *distances))
     return np.mean(rows, axis=0)
 
 
@@ -57,26 +68,30 @@ def main():
     files = ["--backbone_dir", args.backbone_dir] if args.backbone_dir else []
     lines = [
         "# Ablation of the semantic losses", "",
-        f"Equal seed and {args.max_steps} steps for all; measured on {HELD_OUT} pairs of the training folder that no run",
-        "has seen. Lower is better for LPIPS (AlexNet) and PCL.", "",
+        f"Equal seed and {args.max_steps} steps for all; measured on {HELD_OUT} pairs of the training folder that no",
+        "run has seen. Lower is better for LPIPS (AlexNet) and PCL.", "",
         "| loss | PSNR-Y, dB | SSIM-Y | LPIPS | PCL |", "| --- | --- | --- | --- | --- |",
     ]
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
     for number, (name, (w_contrast, w_lpips)) in enumerate(RUNS.items()):
         folder = args.logs / f"run{number}"
         command = [
-            sys.executable, "train.py", "--data_path", args.data_path, "--val_pairs", str(HELD_OUT), "--max_steps",
-            str(args.max_steps), "--epochs", str(args.epochs), "--w_contrast", str(w_contrast), "--w_lpips", str(w_lpips),
-            "--use_seg_stage1", "False", "--save_path", str(folder), *files, *passed_on,
+            sys.executable, "train.py", "--data_path", args.data_path, "--val_pairs", str(HELD_OUT),
+            "--max_steps", str(args.max_steps), "--epochs", str(args.epochs), "--w_contrast", str(w_contrast),
+            "--w_lpips", str(w_lpips), "--use_seg_stage1", "False", "--save_path", str(folder), *files, *passed_on,
         ]
         print(shlex.join(command[1:]), flush=True)
         if subprocess.run(command).returncode:
             raise RunError(f"{name}: train.py failed; no table was written")
         _, held_out = prepare_patches(args.data_path, "datasets/packed", 100, 80, hold_out=HELD_OUT)
         scores = evaluate(folder / "net_latest.pth", held_out, lpips, pcl)
-        lines.append(f"| {name} | " + " | ".join(f"{score:.{digits}f}" for score, digits in zip(scores, (3, 4, 4, 4))) + " |")
+        figures = (f"{score:.{digits}f}" for score, digits in zip(scores, (3, 4, 4, 4)))
+        lines.append(f"| {name} | " + " | ".join(figures) + " |")
         print(lines[-1], flush=True)
-    lines += ["", f"Command: `python ablation.py {shlex.join(sys.argv[1:])}`", f"(PyTorch {torch.__version__}, {torch.get_num_threads()} threads)."]
+    lines += [
+        "", f"Command: `python ablation.py {shlex.join(sys.argv[1:])}`",
+        f"(PyTorch {torch.__version__}, {torch.get_num_threads()} threads).",
+    ]
     write_text(args.output, "\n".join(lines) + "\n")
 
 

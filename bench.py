@@ -50,7 +50,9 @@ def parse_args(argv=None):
         help="image sizes (default: 321x481 1440x1920 2848x4288)",
     )
     parser.add_argument("--repeats", type=at_least(1), default=3, help="timed repetitions of each image (default: 3)")
-    parser.add_argument("--steps", type=at_least(0), default=6, help="timed training steps; 0 leaves them out (default: 6)")
+    parser.add_argument(
+        "--steps", type=at_least(0), default=6, help="timed training steps; 0 leaves them out (default: 6)"
+    )
     parser.add_argument("--data_path", metavar="DIR", help="also time packing this folder, and the loader on it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
@@ -113,7 +115,8 @@ def build_runner(name, baseline, device):
 
 def memory_kib(field):
     """A field of this process's /proc status, KiB."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measure_peak(name, baseline, size, device, queue):
@@ -213,7 +216,8 @@ def bench_training(args, device):
         "all losses": training_step(SAPNet().to(device), every, device, fast=True),
     }
     if args.baseline:
-        steps = {"baseline": training_step(load_baseline(args.baseline).to(device), pixel, device, False, True), **steps}
+        baseline = load_baseline(args.baseline).to(device)
+        steps = {"baseline": training_step(baseline, pixel, device, False, True), **steps}
     phases = {name: [] for name in steps}
     for repetition in range(args.steps + 2):
         for name, step in steps.items():
@@ -270,7 +274,8 @@ def main():
         torch.backends.cudnn.allow_tf32 = False
         processor = torch.cuda.get_device_name(device)
     else:
-        processor = f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads"
+        cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+        processor = f"{cpu}, {torch.get_num_threads()} threads"
     machine = {"device": processor, "torch": torch.__version__, "python": platform.python_version()}
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ", flush=True)
     rows = bench_inference(args, device)

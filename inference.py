@@ -1,6 +1,8 @@
 """Run SAPNet on whole images of any size: the same result as ``SAPNet.forward``, faster and in bounded memory.
 
-    python -c "import torch; from networks import SAPNet; from inference import StripRunner; print(StripRunner(SAPNet())(torch.rand(1, 3, 99, 70)).shape)"
+    python test.py --precision bf16 --test_data_path datasets/test/RainSample --output_path results/RainSample
+
+test.py runs it on the images of a folder.
 
 Three facts make it lean, and none changes the result beyond rounding:
 
@@ -82,7 +84,8 @@ def dense_kernel(conv):
     """(weight, bias) of the dense 3x3 convolution that equals ``conv``, one of ``networks.RESIDUAL_CONVS``."""
     if isinstance(conv, SeparableConv):
         point = conv.point_conv.weight
-        return point * conv.depth_conv.weight.transpose(0, 1), point[..., 0, 0] @ conv.depth_conv.bias + conv.point_conv.bias
+        weight = point * conv.depth_conv.weight.transpose(0, 1)
+        return weight, point[..., 0, 0] @ conv.depth_conv.bias + conv.point_conv.bias
     if isinstance(conv, SplitConv):
         first, second = conv.custom_conv1, conv.custom_conv2
         outputs, inputs = first.weight.shape[:2]

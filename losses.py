@@ -24,7 +24,7 @@ from utils import InputError, load_weights
 PIXEL_LOSSES = ("ssim", "mse", "mse+ssim")
 WEIGHTS = {"contrast": 0.4, "lpips": 1.0, "segmentation": 0.1}  # 0.1 * (4 * PCL) + 0.1 * (10 * LPISL) + 0.1 * UBS
 SWITCHES = {"contrast": "--use_contrast", "lpips": "--use_lpips", "segmentation": "--use_seg_stage1"}
-PCL_LAYERS = ((0, 4, 1 / 32), (4, 9, 1 / 16), (9, 16, 1 / 8), (16, 23, 1 / 4))  # first, end, w; ends: relu1_2 ... relu4_3
+PCL_LAYERS = ((0, 4, 1 / 32), (4, 9, 1 / 16), (9, 16, 1 / 8), (16, 23, 1 / 4))  # first, end, w; end: relu1_2 to relu4_3
 LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 SMALLEST_IMAGE = {"alex": 31, "vgg": 16, "squeeze": 17}  # side in px that leaves LPIPS's last layer a pixel
 BACKBONE_WEIGHTS = ("pretrained", "random")
@@ -49,7 +49,9 @@ def find_backbone(name, backbone_dir):
         folder = Path(backbone_dir)
         candidates = [folder / file_name, *sorted(folder.glob(f"{name}*.pth")), cached]
         path = next((path for path in candidates if path.is_file()), None)
-        return path, f"expected {file_name} from {url}, or without its classifier as {name}*.pth, in --backbone_dir {folder}"
+        return path, (
+            f"expected {file_name} from {url}, or without its classifier as {name}*.pth, in --backbone_dir {folder}"
+        )
     if not cached.exists():
         print(f"downloading {url} to {cached.parent}", flush=True)
         try:

@@ -112,7 +112,9 @@ def parse_args():
         "--preset", choices=PRESETS, nargs="+", default=["heavy"],
         help="rain to draw; with several, the versions of a photograph take turns (default: heavy)",
     )
-    parser.add_argument("--per_image", type=at_least(1), default=1, help="rainy versions of each photograph (default: 1)")
+    parser.add_argument(
+        "--per_image", type=at_least(1), default=1, help="rainy versions of each photograph (default: 1)"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="the same seed writes the same files (default: 0)")
     parser.add_argument(
         "--layout", choices=("train", "test"), default="train",
@@ -135,7 +137,8 @@ def main():
         if args.layout == "train":
             rainy_path, clean_path = args.out / f"rain-{number}.png", args.out / f"norain-{number}.png"
         else:
-            rainy_path, clean_path = args.out / "rainy" / f"rain-{number:03d}.png", args.out / f"norain-{number:03d}.png"
+            rainy_path = args.out / "rainy" / f"rain-{number:03d}.png"
+            clean_path = args.out / f"norain-{number:03d}.png"
         write_image(rainy_path, rainy)
         write_image(clean_path, clean)
     print(f"{len(jobs)} pairs from {len(photographs)} photographs in {args.out}")

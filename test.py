@@ -1,6 +1,6 @@
 """Derain the images of a folder and report PSNR and SSIM where there is ground truth.
 
-    python test.py --save_path logs/SAPNet/Model11 --test_data_path datasets/test/RainSample --output_path results/RainSample
+    python test.py --test_data_path datasets/test/RainSample --output_path results/RainSample
 
 Writes one PNG an image and metrics.csv. The figures follow PReNet's MATLAB protocol, on the 8-bit images written.
 """
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from DerainDataset import find_pairs, report_orphans
 from inference import StripRunner
 from utils import (
-    InputError, RunError, add_flag, at_least, fast_bfloat16, free_memory, load_network, measure, pick_device, progress, read_image, read_rgb,
-    run_script, to_image, to_tensor, write_image, write_text,
+    InputError, RunError, add_flag, at_least, fast_bfloat16, free_memory, load_network, measure, pick_device, progress,
+    read_image, read_rgb, run_script, to_image, to_tensor, write_image, write_text,
 )
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +43,9 @@ def parse_args(argv=None):
         "--recurrent_iter", type=at_least(1), metavar="N",
         help="number of stages (default: that of the checkpoint's training run, else 6)",
     )
-    add_flag(parser, "--use_dilation", None, "dilated residual blocks (default: that of the training run, else published)")
+    add_flag(
+        parser, "--use_dilation", None, "dilated residual blocks (default: that of the training run, else published)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=("fp32", *HALF_PRECISIONS, "auto"), default="fp32",
@@ -51,7 +53,8 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--max_memory", type=at_least(0, float), metavar="GIB",
-        help="an image that needs more on the CPU, 0.6 GiB a megapixel in fp32, works on disk (default: 3/4 of what is free)",
+        help="an image that needs more on the CPU, 0.6 GiB a megapixel in fp32, works on disk"
+        " (default: 3/4 of what is free)",
     )
     return parser.parse_args(argv)
 

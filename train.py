@@ -31,8 +31,8 @@ from inference import StripRunner
 from losses import BACKBONE_WEIGHTS, LPIPS_NETS, PIXEL_LOSSES, SMALLEST_IMAGE, WEIGHTS, DerainLoss
 from networks import RESIDUAL_CONVS, SEG_BACKBONES, SAPNet
 from utils import (
-    InputError, RunError, add_flag, at_least, fast_bfloat16, join_processes, load_checkpoint, load_weights, measure, pick_device,
-    progress, read_options, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
+    InputError, RunError, add_flag, at_least, fast_bfloat16, join_processes, load_checkpoint, load_weights, measure,
+    pick_device, progress, read_options, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
 )
 
 STATE_FILE = "train_state.pth"
@@ -70,7 +70,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("network")
     group.add_argument("--recurrent_iter", type=at_least(1), default=6, help="number of stages")
     add_flag(group, "--use_dilation", True, "dilation 1, 2, 4, 8, 16 in the residual blocks")
-    group.add_argument("--residual_conv", choices=RESIDUAL_CONVS, default="plain", help="convolution of the residual blocks")
+    group.add_argument(
+        "--residual_conv", choices=RESIDUAL_CONVS, default="plain", help="convolution of the residual blocks"
+    )
     add_flag(group, "--use_cra", True, "channel residual attention in the residual blocks; False is PReNet's form")
 
     group = parser.add_argument_group("losses")
@@ -90,7 +92,8 @@ def parse_args(argv=None):
         help="folder with torchvision's weights of the backbones (default: torchvision's cache, filled by download)",
     )
     group.add_argument(
-        "--backbone_weights", choices=BACKBONE_WEIGHTS, default="pretrained", help="random is for tests and dry runs only"
+        "--backbone_weights", choices=BACKBONE_WEIGHTS, default="pretrained",
+        help="random is for tests and dry runs only",
     )
 
     group = parser.add_argument_group("optimisation")
@@ -101,17 +104,26 @@ def parse_args(argv=None):
         help="epochs after which the learning rate is multiplied by 0.2",
     )
     group.add_argument("--lr", type=at_least(0, float), default=1e-3, help="initial learning rate of Adam")
-    group.add_argument("--clip_grad", type=at_least(0, float), default=0, metavar="NORM", help="largest gradient norm; 0: no limit")
+    group.add_argument(
+        "--clip_grad", type=at_least(0, float), default=0, metavar="NORM", help="largest gradient norm; 0: no limit"
+    )
     group.add_argument("--max_steps", type=at_least(1), metavar="N", help="stop after N steps in all (short runs)")
     add_flag(group, "--use_stage1", True, "train; False only validates and saves the model")
     group.add_argument("--init_weights", metavar="FILE", help="start from these weights")
     group.add_argument("--seed", type=at_least(0), default=0, help="of initialisation, shuffling and augmentation")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--save_path", type=Path, default=Path("logs/SAPNet/Model11"), metavar="DIR", help="folder of the run's files")
-    group.add_argument("--save_freq", type=at_least(1), default=1, metavar="N", help="keep net_epochN.pth every N epochs")
+    group.add_argument(
+        "--save_path", type=Path, default=Path("logs/SAPNet/Model11"), metavar="DIR",
+        help="folder of the run's files",
+    )
+    group.add_argument(
+        "--save_freq", type=at_least(1), default=1, metavar="N", help="keep net_epochN.pth every N epochs"
+    )
     add_flag(group, "--resume", False, "continue the run stopped under --save_path")
-    group.add_argument("--log_interval", type=at_least(1), default=50, metavar="N", help="steps between TensorBoard records")
+    group.add_argument(
+        "--log_interval", type=at_least(1), default=50, metavar="N", help="steps between TensorBoard records"
+    )
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -154,7 +166,7 @@ class StopSignal:
 class EventFile:
     """TensorBoard records in tensorboardX's format, written at once.
 
-    tensorboardX's ``SummaryWriter`` writes from a thread, which a full disk ends, and the run then waits for it forever.
+    tensorboardX's ``SummaryWriter`` writes from a thread, which a full disk ends; the run then waits for it forever.
 
     Args:
         folder: the run's.
@@ -208,7 +220,7 @@ def check_finite(value, indices, dataset, what="loss"):
 
 
 def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device):
-    """Train on the rest of the epoch at ``position``, which moves along; return its last batch, or None if there was none.
+    """Train on the rest of the epoch at ``position``, which moves along; return its last batch, None if there was none.
 
     The batch is (rainy, derained, clean), each (N, 3, P, P), for the logs.
     """
@@ -309,7 +321,9 @@ def check_run(args):
     if args.resume and not found:
         raise InputError(f"--resume: no {STATE_FILE} in {args.save_path}; expected the folder of a stopped run")
     if found and not args.resume:
-        raise InputError(f"--save_path {args.save_path}: holds another run; give --resume to continue it, or another folder")
+        raise InputError(
+            f"--save_path {args.save_path}: holds another run; give --resume to continue it, or another folder"
+        )
 
 
 def write_arguments(args):
@@ -318,7 +332,9 @@ def write_arguments(args):
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     if args.resume:
         before = read_options(args.save_path)
-        changed = [f"--{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value]
+        changed = [
+            f"--{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value
+        ]
         print(f"resuming {args.save_path}", *changed, sep=", ")
     write_text(path, json.dumps(options, indent=2) + "\n")
 
@@ -326,7 +342,9 @@ def write_arguments(args):
 def load_data(args, device, rank, ranks):
     """The training loader and the validation pairs, after packing what has to be packed."""
     if args.batch_size % ranks:
-        raise InputError(f"--batch_size {args.batch_size}: expected a multiple of the {ranks} processes, which share it")
+        raise InputError(
+            f"--batch_size {args.batch_size}: expected a multiple of the {ranks} processes, which share it"
+        )
     if rank > 0:
         distributed.barrier()  # the first process packs, the others read
     sources, val_pairs = [], []
@@ -354,7 +372,7 @@ def load_data(args, device, rank, ranks):
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda",
         persistent_workers=args.num_workers > 0,
-        generator=torch.Generator(),  # else each pass would draw from the global random state, and resuming begins another
+        generator=torch.Generator(),  # else each pass draws from the global random state, and resuming begins another
     )
     return loader, val_pairs
 
@@ -366,7 +384,9 @@ def build_network(args, device):
         try:
             net.load_state_dict(load_weights(args.init_weights))
         except RuntimeError:
-            raise InputError(f"--init_weights {args.init_weights}: weights of another network than the options ask for") from None
+            raise InputError(
+                f"--init_weights {args.init_weights}: weights of another network than the options ask for"
+            ) from None
     return net.to(memory_format=torch.channels_last) if args.channels_last else net
 
 
@@ -378,7 +398,10 @@ def build_criterion(args, device):
         "segmentation": args.w_seg if args.use_stage1 and args.use_seg_stage1 else 0,
     }
     if weights["segmentation"] and args.seg_start_epoch >= args.epochs:
-        print(f"segmentation loss: not used, as --seg_start_epoch {args.seg_start_epoch} is not under --epochs {args.epochs}")
+        print(
+            f"segmentation loss: not used, as --seg_start_epoch {args.seg_start_epoch}"
+            f" is not under --epochs {args.epochs}"
+        )
         weights["segmentation"] = 0
     smallest = SMALLEST_IMAGE[args.lpips_net]
     if weights["lpips"] and args.patch_size < smallest:
@@ -429,7 +452,9 @@ def choose_speed(args, device, steps):
     if args.compile is None:
         # The warm-up takes about a minute, which short runs never earn back.
         args.compile = steps >= 1000 and shutil.which(os.environ.get("CXX", "g++")) is not None
-    print(f"device {device}, bfloat16 {args.amp}, compile {args.compile}, channels_last {args.channels_last}", flush=True)
+    print(
+        f"device {device}, bfloat16 {args.amp}, compile {args.compile}, channels_last {args.channels_last}", flush=True
+    )
 
 
 def train(args, device, rank, ranks):
@@ -488,7 +513,9 @@ def main():
         if ranks == 1:
             raise
         reason = str(error).splitlines()[0]
-        raise RunError(f"process {rank} of {ranks} stopped ({reason}); --resume continues from the last checkpoint") from None
+        raise RunError(
+            f"process {rank} of {ranks} stopped ({reason}); --resume continues from the last checkpoint"
+        ) from None
     if ranks > 1:
         distributed.destroy_process_group()
     if interrupted:

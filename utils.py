@@ -115,7 +115,7 @@ def join_processes(device):
 
 
 def fast_bfloat16(device):
-    """Whether bfloat16 convolutions are faster than float32 ones on ``device``: AVX512-BF16, AMX or a GPU that has them."""
+    """Whether bfloat16 convolutions beat float32 ones on ``device``: AVX512-BF16, AMX or a GPU that has them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
@@ -317,7 +317,9 @@ def load_checkpoint(path):
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; expected a checkpoint file (.pth)") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused; expected a checkpoint of plain tensors, not a pickle with other content") from None
+        raise InputError(
+            f"{path}: refused; expected a checkpoint of plain tensors, not a pickle with other content"
+        ) from None
     except Exception as error:  # a damaged file can fail at any point of the unpickler
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: truncated or not a PyTorch checkpoint ({reason})") from None
@@ -330,7 +332,8 @@ def load_weights(path):
         InputError: missing or unreadable file, or content that is no dictionary of finite tensors.
     """
     state = load_checkpoint(path)
-    kinds = {(type(name), isinstance(value, torch.Tensor)) for name, value in state.items()} if isinstance(state, dict) else ()
+    items = state.items() if isinstance(state, dict) else ()
+    kinds = {(type(name), isinstance(value, torch.Tensor)) for name, value in items}
     if kinds != {(str, True)}:
         raise InputError(f"{path}: expected a state dict (names and tensors)")
     broken = [name for name, value in state.items() if not value.isfinite().all()]
@@ -347,7 +350,9 @@ def read_options(folder):
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); expected the options of a training run, or no such file") from None
+        raise InputError(
+            f"{path}: damaged ({error}); expected the options of a training run, or no such file"
+        ) from None
     if not isinstance(options, dict):
         raise InputError(f"{path}: expected the options of a training run, or no such file")
     return options
@@ -374,7 +379,9 @@ def load_network(save_path, recurrent_iter=None, use_dilation=None):
     if use_dilation is None:
         use_dilation = options.get("use_dilation")
     if type(recurrent_iter) is not int or recurrent_iter < 1 or use_dilation not in (None, True, False):
-        raise InputError(f"{path.parent / 'args.json'}: expected recurrent_iter of 1 or more and use_dilation true or false")
+        raise InputError(
+            f"{path.parent / 'args.json'}: expected recurrent_iter of 1 or more and use_dilation true or false"
+        )
     try:
         return SAPNet.from_state_dict(state, recurrent_iter, use_dilation).eval()
     except ValueError as error:

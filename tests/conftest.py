@@ -145,7 +145,8 @@ def small_disk(tmp_path):
         folder.mkdir()
         if not shutil.which("mount") or os.geteuid() != 0:
             pytest.skip("a full disk needs root, to mount a tmpfs")
-        result = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             pytest.skip(f"no tmpfs can be mounted here: {result.stderr.strip()}")
         mounted.append(folder)

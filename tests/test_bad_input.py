@@ -9,7 +9,7 @@ import torch
 
 import train
 import utils
-from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
+from conftest import contents, make_pairs, photo, run_subprocess, save
 from networks import SAPNet
 from test_data import write_prenet
 from test_train import options
@@ -114,7 +114,9 @@ def test_unfit_training_image(refused_untouched, pairs_dir, tmp_path, fault):
 @pytest.mark.parametrize("kind", ["grey", "RGBA", "16 bits"])
 def test_unusual_images_are_trained_on(run, pairs_dir, tmp_path, kind):
     image = photo(2)
-    image = {"grey": image[..., 0], "RGBA": np.dstack((image, image[..., :1])), "16 bits": 257 * image.astype(np.uint16)}[kind]
+    image = {
+        "grey": image[..., 0], "RGBA": np.dstack((image, image[..., :1])), "16 bits": 257 * image.astype(np.uint16)
+    }[kind]
     save(pairs_dir / "rain-2.png", image)
     result = run("train", *options(pairs_dir, tmp_path / "run", max_steps=1))
     assert result.status == 0, result
@@ -196,7 +198,9 @@ def test_bad_checkpoint_to_test_with(refused_untouched, tmp_path, one_image, kin
     write, reason = BAD_CHECKPOINTS[kind]
     write(path)
     output = tmp_path / "results"
-    message = refused_untouched("test", "--save_path", path, "--test_data_path", one_image, "--output_path", output, names=[path])
+    message = refused_untouched(
+        "test", "--save_path", path, "--test_data_path", one_image, "--output_path", output, names=[path]
+    )
     assert any(part in message for part in reason.split("|")), message
     assert len(message) < 600
 
@@ -230,7 +234,8 @@ def test_code_in_a_checkpoint_does_not_run(refused_untouched, tmp_path, one_imag
     else:
         torch.save(content, path, **(OLD if "old" in how else {}))
     refused_untouched(
-        "test", "--save_path", path, "--test_data_path", one_image, "--output_path", tmp_path / "r", names=[path, "plain tensors"]
+        "test", "--save_path", path, "--test_data_path", one_image, "--output_path", tmp_path / "r",
+        names=[path, "plain tensors"],
     )
     assert not trace.exists()
     if "plain" not in how:
@@ -270,7 +275,9 @@ def test_bad_option(refused_untouched, checkpoint, one_image, pairs_dir, tmp_pat
     refused_untouched(*base, *option, names=[option[0]])
 
 
-@pytest.mark.parametrize("text, value", [((), True), (("True",), True), (("False",), False), (("no",), False), (("1",), True)])
+@pytest.mark.parametrize(
+    "text, value", [((), True), (("True",), True), (("False",), False), (("no",), False), (("1",), True)]
+)
 def test_booleans_mean_what_they_say(text, value):
     assert train.parse_args(["--use_dilation", *text]).use_dilation is value
 
@@ -332,7 +339,8 @@ def test_save_path_is_a_file(refused, pairs_dir, tmp_path):
 
 def test_full_disk_while_packing(refused, run, small_disk, pairs_dir, tmp_path):
     disk = small_disk("96k")
-    assert run("train", *options(pairs_dir, tmp_path / "first", packed_dir=tmp_path / "packed", max_steps=1)).status == 0
+    first = options(pairs_dir, tmp_path / "first", packed_dir=tmp_path / "packed", max_steps=1)
+    assert run("train", *first).status == 0
     (packed,) = (tmp_path / "packed").iterdir()
     (disk / packed.name).write_bytes(b"a good file of before")
     before = contents(disk)
@@ -370,7 +378,8 @@ def test_full_disk_while_testing(refused, small_disk, checkpoint, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (120, 140, 3), np.uint8)  # does not compress
     save(tmp_path / "real/a.png", noise)
     message = refused(
-        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "real", "--output_path", disk, status=1, names=[disk / "a.png"]
+        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "real", "--output_path", disk,
+        status=1, names=[disk / "a.png"],
     )
     assert "No space left" in message
     assert contents(disk) == {"a.png": b"a good result of before"}
@@ -384,8 +393,9 @@ def test_shell_sees_one_line_and_status_2(tmp_path, script):
     if script == "train.py":
         option, arguments = "--data_path", options(tmp_path / "none", tmp_path / "run")
     else:
-        torch.save(good_state(), tmp_path / "w.pth")
-        option, arguments = "--test_data_path", ("--save_path", tmp_path / "w.pth", "--test_data_path", tmp_path / "none")
+        weights = tmp_path / "w.pth"
+        torch.save(good_state(), weights)
+        option, arguments = "--test_data_path", ("--save_path", weights, "--test_data_path", tmp_path / "none")
     child = run_subprocess(script, *arguments)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 2
@@ -396,4 +406,7 @@ def test_shell_sees_one_line_and_status_2(tmp_path, script):
 def test_damaged_arguments_beside_a_checkpoint(refused, checkpoint, pairs_dir, tmp_path, text):
     path = checkpoint.parent / "args.json"
     path.write_text(text)
-    refused("test", "--save_path", checkpoint, "--test_data_path", pairs_dir, "--output_path", tmp_path / "out", names=[path])
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", pairs_dir, "--output_path", tmp_path / "out",
+        names=[path],
+    )

@@ -31,7 +31,10 @@ LAYOUTS = {
         [("rainy/rain-001.png", "norain-001.png"), ("rainy/rain-003.png", "norain-003.png")],
     ),
     "Rain1400": (
-        [*(f"rainy_image/{n}_{k}.jpg" for n in (901, 1000) for k in (1, 2, 14)), "ground_truth/901.jpg", "ground_truth/1000.jpg"],
+        [
+            *(f"rainy_image/{n}_{k}.jpg" for n in (901, 1000) for k in (1, 2, 14)),
+            "ground_truth/901.jpg", "ground_truth/1000.jpg",
+        ],
         [(f"rainy_image/{n}_{k}.jpg", f"ground_truth/{n}.jpg") for n in (901, 1000) for k in (1, 2, 14)],
     ),
     "Rain13K": (
@@ -109,7 +112,10 @@ def test_folder_without_ground_truth_is_real_rain(tmp_path):
 # Packing
 
 
-@pytest.mark.parametrize("length, patch, stride", [(100, 100, 80), (101, 100, 80), (180, 100, 80), (321, 100, 80), (481, 100, 80), (50, 11, 7)])
+@pytest.mark.parametrize(
+    "length, patch, stride",
+    [(100, 100, 80), (101, 100, 80), (180, 100, 80), (321, 100, 80), (481, 100, 80), (50, 11, 7)],
+)
 def test_patches_reach_every_pixel_and_lie_inside(length, patch, stride):
     positions = patch_positions(length, patch, stride)
     assert positions[0] == 0 and positions[-1] == length - patch, "flush with both borders"
@@ -366,7 +372,8 @@ def test_augmentation_mirrors_both_and_depends_on_seed_epoch_and_index_alone(dat
             flip = (lambda image: image.flip(2)) if flags[-1] else (lambda image: image)
             assert torch.equal(other_rainy, flip(rainy)) and torch.equal(other_clean, flip(clean))
         mirrored[seed, epoch] = flags
-        again = [not torch.equal(augmented[epoch, index][0], plain[epoch, index][0]) for index in reversed(range(len(plain)))]
+        backwards = reversed(range(len(plain)))
+        again = [not torch.equal(augmented[epoch, index][0], plain[epoch, index][0]) for index in backwards]
         assert again[::-1] == flags
         assert 4 <= sum(flags) <= 19, "about half of 23"
     assert len({tuple(flags) for flags in mirrored.values()}) == 3
@@ -416,7 +423,10 @@ def test_planted_test_backgrounds_are_found(tmp_path, run):
     assert list(patches.names) == ["4.png"]
 
 
-@pytest.mark.parametrize("train, leaks", [("train/RainTrainL", 0), ("train/RainTrainH", 0), ("clean", 0), ("test/Rain100H", 20)])
+@pytest.mark.parametrize(
+    "train, leaks",
+    [("train/RainTrainL", 0), ("train/RainTrainH", 0), ("clean", 0), ("test/Rain100H", 20)],
+)
 def test_real_training_photographs_are_told_from_test_backgrounds(shared, train, leaks):
     """RainTrainL, RainTrainH's 18 pairs and the clean photographs have no test background; Rain100H has Rain100L's."""
     folder = shared / "data" / train

@@ -58,7 +58,8 @@ def test_the_run_ends_when_a_process_is_lost(tmp_path):
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    listing = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    children = listing.stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0

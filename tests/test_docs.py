@@ -39,7 +39,10 @@ def actual(parse_args, monkeypatch):
     return shown
 
 
-@pytest.mark.parametrize("heading, script", [("Options of train.py", train), ("Options of test.py", test_script), ("Options of rain.py", rain)])
+@pytest.mark.parametrize(
+    "heading, script",
+    [("Options of train.py", train), ("Options of test.py", test_script), ("Options of rain.py", rain)],
+)
 def test_option_tables_match_the_parsers(heading, script, monkeypatch):
     assert documented(heading) == actual(script.parse_args, monkeypatch)
 

@@ -135,7 +135,8 @@ def test_pcl_gradient_agrees_with_differences():
 
 
 def test_focal_loss_gradient_and_value():
-    logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(focal_loss, logits)
     p = logits.softmax(1).amax(1)
     torch.testing.assert_close(focal_loss(logits), (-((1 - p) ** 2) * p.log()).mean())
@@ -388,9 +389,10 @@ def small_run(tmp_path, run):
     def train_briefly(*options, name="run"):
         folder = tmp_path / name
         result = run(
-            "train", "--data_path", data, "--packed_dir", tmp_path / "packed", "--save_path", folder, "--patch_size", 32,
-            "--stride", 32, "--recurrent_iter", 1, "--batch_size", 4, "--num_workers", 0, "--device", "cpu",
-            "--compile", False, "--log_interval", 1, "--backbone_weights", "random", "--seg_backbone", "resnet18", *options,
+            "train", "--data_path", data, "--packed_dir", tmp_path / "packed", "--save_path", folder,
+            "--patch_size", 32, "--stride", 32, "--recurrent_iter", 1, "--batch_size", 4, "--num_workers", 0,
+            "--device", "cpu", "--compile", False, "--log_interval", 1, "--backbone_weights", "random",
+            "--seg_backbone", "resnet18", *options,
         )
         return result, folder
 

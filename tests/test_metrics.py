@@ -31,7 +31,7 @@ def expected(shared):
 
 
 def check_images(weights, data_set, expected, output_path, chosen):
-    """Derain as test.py does; compare what it measures ("round") and the truncating saver, from the same forward pass."""
+    """Derain as test.py does; compare what it measures ("round") and the truncating saver, from one forward pass."""
     runner = test_script.StripRunner(load_network(SHARED / f"weights/{weights}.pth"))
     outputs = []
 
@@ -56,13 +56,13 @@ def check_images(weights, data_set, expected, output_path, chosen):
     return rows
 
 
-@pytest.mark.parametrize("number, combination", list(enumerate(COMBINATIONS)), ids=[" on ".join(pair) for pair in COMBINATIONS])
+@pytest.mark.parametrize("number, combination", list(enumerate(COMBINATIONS)), ids=[*map(" on ".join, COMBINATIONS)])
 def test_one_real_image_agrees_with_the_published_weights(expected, tmp_path, number, combination):
     check_images(*combination, expected, tmp_path, slice(number, number + 1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights, data_set", COMBINATIONS, ids=[" on ".join(pair) for pair in COMBINATIONS])
+@pytest.mark.parametrize("weights, data_set", COMBINATIONS, ids=[*map(" on ".join, COMBINATIONS)])
 def test_every_real_image_agrees_with_the_published_weights(expected, tmp_path, weights, data_set):
     rows = check_images(weights, data_set, expected, tmp_path, slice(None))
     average = test_script.average(rows)
@@ -71,7 +71,7 @@ def test_every_real_image_agrees_with_the_published_weights(expected, tmp_path, 
 
 
 def test_the_combinations_are_all_that_were_measured(expected):
-    assert {f"{weights} on {data_set}" for weights, data_set in COMBINATIONS} == expected.keys() - {"rainy input itself"}
+    assert {*map(" on ".join, COMBINATIONS)} == expected.keys() - {"rainy input itself"}
 
 
 @pytest.mark.parametrize("data_set", ["Rain100H", "Rain100L"])

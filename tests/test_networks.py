@@ -129,7 +129,9 @@ def test_use_dilation_widens_the_receptive_field():
         assert moved.min() == 100 - reach and moved.max() == 100 + reach
 
 
-@pytest.mark.parametrize("residual_conv, use_cra", [("plain", True), ("separable", True), ("split", True), ("plain", False)])
+@pytest.mark.parametrize(
+    "residual_conv, use_cra", [("plain", True), ("separable", True), ("split", True), ("plain", False)]
+)
 def test_architecture_is_told_from_the_names(residual_conv, use_cra):
     state = SAPNet(residual_conv=residual_conv, use_cra=use_cra).state_dict()
     net = SAPNet.from_state_dict(state, recurrent_iter=3)

@@ -80,7 +80,9 @@ def test_climbing_the_gradient_raises_the_score():
     assert ssim(x + 0.05 * x.grad / x.grad.norm(), y) > before
 
 
-@pytest.mark.parametrize("first, second", [((1, 3, 8, 8), (1, 3, 8, 9)), ((1, 3, 8, 8), (2, 3, 8, 8)), ((3, 8, 8), (3, 8, 8))])
+@pytest.mark.parametrize(
+    "first, second", [((1, 3, 8, 8), (1, 3, 8, 9)), ((1, 3, 8, 8), (2, 3, 8, 8)), ((3, 8, 8), (3, 8, 8))]
+)
 def test_shapes_that_do_not_match_are_refused(first, second):
     with pytest.raises(ValueError, match="one shape"):
         ssim(torch.rand(first), torch.rand(second))

@@ -20,7 +20,9 @@ def test_run(run, checkpoint, tmp_path):
 
     def start(folder, *extra, status=0, model=checkpoint.parent):
         output = tmp_path / "results"
-        result = run("test", "--save_path", model, "--test_data_path", folder, "--output_path", output, "--device", "cpu", *extra)
+        result = run(
+            "test", "--save_path", model, "--test_data_path", folder, "--output_path", output, "--device", "cpu", *extra
+        )
         assert result.status == status, result
         return output, result
 
@@ -126,7 +128,9 @@ def test_kinds_of_images(test_run, tmp_path, checkpoint, name):
 def test_pairs_of_other_kinds_are_measured_in_8_bits(test_run, tmp_path):
     clean = photo(1, 20, 24)
     deep_clean = 257 * clean.astype(np.uint16)
-    kinds = (("a", KINDS["deep.png"], deep_clean), ("b", KINDS["grey.png"], clean[..., 0]), ("c", KINDS["alpha.png"], clean))
+    kinds = (
+        ("a", KINDS["deep.png"], deep_clean), ("b", KINDS["grey.png"], clean[..., 0]), ("c", KINDS["alpha.png"], clean)
+    )
     for stem, rainy, truth in kinds:
         save(tmp_path / f"set/input/{stem}.png", rainy)
         save(tmp_path / f"set/target/{stem}.png", truth)
@@ -196,7 +200,10 @@ def test_overwriting_an_input_is_refused(refused, checkpoint, tmp_path, layout):
         output = tmp_path / "in/target"
     (tmp_path / "other").mkdir()
     before = contents(tmp_path / "in")
-    refused("test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", output, names=["--output_path", "a.png"])
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", output,
+        names=["--output_path", "a.png"],
+    )
     assert contents(tmp_path / "in") == before
 
 
