@@ -71,7 +71,7 @@ def load_baseline(text):
         key for key, value in vars(module).items()
         if key.endswith("Net") and isinstance(value, type) and value.__module__ == "baseline"
     ]
-    if len(names) != 1 or not hasattr(module, names[0]):
+    if len(names) != 1 or not isinstance(getattr(module, names[0], None), type):
         raise InputError(f"--baseline {text}: expected FILE:CLASS, a network class of that module")
     return getattr(module, names[0])()
 
@@ -229,8 +229,10 @@ def bench_training(args, device):
         medians = {phase: statistics.median(result[phase] for result in results) for phase in results[0]}
         row = {"what": f"training step, {name}", "seconds": sum(medians.values())}
         row["patches a second"] = BATCH / row["seconds"]
-        if rows:
-            row["ratio"] = row["seconds"] / rows[0]["seconds"]  # to the baseline, or without one to the pixel loss
+        if args.baseline:
+            row["ratio"] = row["seconds"] / (rows[0] if rows else row)["seconds"]
+        if name == "all losses":
+            row["ratio to the pixel loss"] = row["seconds"] / rows[-1]["seconds"]
         rows.append({**row, **medians})
         report(rows[-1])
     return rows

@@ -1,0 +1,63 @@
+"""The benchmark runs, compares what it says it compares, and writes what it prints."""
+import json
+
+import pytest
+import torch
+
+import bench
+from conftest import make_pairs
+from losses import DerainLoss
+from networks import SAPNet
+
+BASELINE = """
+import torch
+
+class PlainNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, rainy):
+        return self.conv(rainy), [rainy]
+"""
+
+
+@pytest.fixture
+def baseline(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text(BASELINE)
+    return path
+
+
+def test_table_and_json(run, baseline, tmp_path):
+    make_pairs(tmp_path / "pairs", range(6), height=110, width=130)  # 24 patches, two batches
+    result = run(
+        "bench", "--baseline", baseline, "--sizes", "24x32", "--repeats", 1, "--steps", 0, "--device", "cpu",
+        "--data_path", tmp_path / "pairs", "--json", tmp_path / "bench.json",
+    )
+    assert result.status == 0, result
+    rows = {row["what"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert all(what in result.out for what in rows)
+    plain, ours = rows["inference 24x32 baseline"], rows["inference 24x32 fp32"]
+    assert ours["ratio"] == ours["seconds"] / plain["seconds"] and plain["ratio"] == 1
+    assert ours["microseconds a pixel"] == pytest.approx(ours["seconds"] / (24 * 32) * 1e6)
+    assert ours["bytes a pixel"] > 0
+    assert rows["packing 6 pairs"]["megabytes"] * 1e6 >= 6 * 4 * 100 * 100 * 3 * 2
+    assert rows["loader, 2 workers"]["patches a second"] > 0
+
+
+def test_training_phases(baseline):
+    device = torch.device("cpu")
+    phases = bench.training_step(SAPNet(recurrent_iter=1), DerainLoss(weights={}), device, fast=False)()
+    assert phases.keys() == {"forward", "loss", "backward", "optimizer"} and min(phases.values()) > 0
+    plain = bench.load_baseline(str(baseline))
+    assert "second forward" in bench.training_step(plain, DerainLoss(weights={}), device, False, second_forward=True)()
+
+
+@pytest.mark.parametrize("argument", ["missing.py", "{file}:Absent", "{file}:torch"])
+def test_bad_baselines(refused, baseline, argument):
+    refused("bench", "--baseline", argument.format(file=baseline), "--sizes", "8x8", names=["--baseline"])
+
+
+def test_bad_size(refused):
+    refused("bench", "--sizes", "100", names=["--sizes"])
