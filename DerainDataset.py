@@ -268,6 +268,11 @@ def pack(pairs, path, patch_size, stride):
                 start = stop
 
 
+def pick_held_out(pairs, count):
+    """``count`` evenly spaced pairs, kept from training for validation; the same for the same pairs."""
+    return [pairs[k * len(pairs) // count] for k in range(count)]
+
+
 def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, exclude_test=(), hold_out=0):
     """Open the patches of a data folder, packing its images first where that has not been done yet.
 
@@ -276,7 +281,7 @@ def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, ex
         packed_dir: folder of the packed files.
         preprocess: pack anew even if an up-to-date packed file exists.
         exclude_test: test folders whose backgrounds are left out.
-        hold_out: this many pairs, evenly spaced, are kept from training for validation.
+        hold_out: this many pairs are kept from training (``pick_held_out``).
 
     Returns:
         (``PackedPatches`` or ``PReNetPatches``, pairs held out).
@@ -297,7 +302,7 @@ def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, ex
         raise InputError(
             f"--data_path {folder}: {len(pairs)} pairs, of which {hold_out} are held out; none is left to train on"
         )
-    held_out = [pairs[k * len(pairs) // hold_out] for k in range(hold_out)]
+    held_out = pick_held_out(pairs, hold_out)
     pairs = [pair for pair in pairs if pair not in held_out]
     path = packed_path(folder, packed_dir)
     reason = None

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from DerainDataset import prepare_patches
+from DerainDataset import find_pairs, pick_held_out
 from inference import StripRunner
 from losses import LPIPSLoss, PerceptualContrastiveLoss
 from utils import (
@@ -70,8 +70,11 @@ def main():
         "# Ablation of the semantic losses", "",
         f"Equal seed and {args.max_steps} steps for all; measured on {HELD_OUT} pairs of the training folder that no",
         "run has seen. Lower is better for LPIPS (AlexNet) and PCL.", "",
+        f"Command: `python ablation.py {shlex.join(sys.argv[1:])}`",
+        f"(PyTorch {torch.__version__}, {torch.get_num_threads()} threads).", "",
         "| loss | PSNR-Y, dB | SSIM-Y | LPIPS | PCL |", "| --- | --- | --- | --- | --- |",
     ]
+    held_out = pick_held_out(find_pairs(args.data_path)[0], HELD_OUT)
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
     for number, (name, (w_contrast, w_lpips)) in enumerate(RUNS.items()):
         folder = args.logs / f"run{number}"
@@ -82,17 +85,12 @@ def main():
         ]
         print(shlex.join(command[1:]), flush=True)
         if subprocess.run(command).returncode:
-            raise RunError(f"{name}: train.py failed; no table was written")
-        _, held_out = prepare_patches(args.data_path, "datasets/packed", 100, 80, hold_out=HELD_OUT)
+            raise RunError(f"{name}: train.py failed; {args.output} has the runs before it")
         scores = evaluate(folder / "net_latest.pth", held_out, lpips, pcl)
         figures = (f"{score:.{digits}f}" for score, digits in zip(scores, (3, 4, 4, 4)))
         lines.append(f"| {name} | " + " | ".join(figures) + " |")
         print(lines[-1], flush=True)
-    lines += [
-        "", f"Command: `python ablation.py {shlex.join(sys.argv[1:])}`",
-        f"(PyTorch {torch.__version__}, {torch.get_num_threads()} threads).",
-    ]
-    write_text(args.output, "\n".join(lines) + "\n")
+        write_text(args.output, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -231,7 +231,8 @@ def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer,
     totals, unchecked, images, shown = position.totals, None, None, ""
     loader.batch_sampler.start(position.epoch, position.batch)
     description = f"epoch {position.epoch + 1}/{args.epochs}"
-    for rainy, clean, indices in progress(loader, description, status=lambda: shown):
+    steps = min(len(loader), (args.max_steps or float("inf")) - position.step)
+    for rainy, clean, indices in progress(loader, description, steps, status=lambda: shown):
         rainy, clean = rainy.to(device, non_blocking=True), clean.to(device, non_blocking=True)
         if args.channels_last:
             rainy = rainy.contiguous(memory_format=torch.channels_last)
