@@ -458,6 +458,11 @@ def choose_speed(args, device, steps):
     )
 
 
+def finished(args, position):
+    """Whether the run has all its epochs, or all its --max_steps."""
+    return position.epoch >= args.epochs or (args.max_steps is not None and position.step >= args.max_steps)
+
+
 def train(args, device, rank, ranks):
     """Run the training that ``args`` describe, as process ``rank`` of ``ranks``; return whether it was interrupted."""
     loader, val_pairs = load_data(args, device, rank, ranks)
@@ -467,21 +472,22 @@ def train(args, device, rank, ranks):
     position = load_state(args, net, optimizer) if args.resume else Position()
 
     batches = len(loader)
-    last_step = min(batches * args.epochs, args.max_steps or batches * args.epochs)
-    choose_speed(args, device, last_step)  # of the whole run: resuming must not change the arithmetic
+    # By the steps of the whole run: resuming must not change the arithmetic.
+    choose_speed(args, device, min(batches * args.epochs, args.max_steps or batches * args.epochs))
     if rank == 0:
         write_arguments(args)
     model = torch.compile(net) if args.compile else net
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     print(f"{len(loader.dataset)} patches, {batches} steps an epoch, {len(val_pairs)} validation pairs", flush=True)
-    if position.epoch >= args.epochs:
-        print(f"the run has all its {position.epoch} epochs; a larger --epochs trains on")
-    stop, interrupted = StopSignal(), False
+    if args.use_stage1 and finished(args, position):
+        print(f"nothing left to do after step {position.step}; a larger --epochs or --max_steps trains on")
+        return False
+    stop = StopSignal()
     writer = EventFile(args.save_path, position.step, enabled=rank == 0)
-    while position.epoch < args.epochs:
+    while True:
         started, images = time.monotonic(), None
-        if args.use_stage1 and position.step < last_step:
+        if args.use_stage1:
             images = train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device)
         if ranks > 1:
             average_totals(position.totals, ranks, device)
@@ -493,12 +499,11 @@ def train(args, device, rank, ranks):
             position.epoch, position.batch, position.totals = position.epoch + 1, 0, {}
         if rank == 0:
             save_state(args, net, optimizer, position)
-        if interrupted or not args.use_stage1 or position.step >= last_step:
-            break
-    if interrupted and position.step < last_step:
-        print(f"stopped after step {position.step}; the same command with --resume continues")
-        return True
-    return False
+        if not args.use_stage1 or finished(args, position):
+            return False
+        if interrupted:
+            print(f"stopped after step {position.step}; the same command with --resume continues")
+            return True
 
 
 def main():

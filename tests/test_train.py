@@ -413,3 +413,13 @@ def test_validation_pair_of_two_sizes_is_refused_before_training(refused, pairs_
         names=[val / "rain-2.png", "norain-2.png", "64x40"],
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_run_that_has_all_its_steps_changes_nothing(train_run):
+    folder, _ = train_run(max_steps=STEPS_AN_EPOCH)
+    before = contents(folder)
+    _, result = train_run("run", "--resume", max_steps=STEPS_AN_EPOCH)
+    assert "nothing left to do after step 4" in result.out
+    after = contents(folder)
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert changed <= {"args.json"}, changed
