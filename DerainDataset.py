@@ -10,6 +10,7 @@ import io
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,12 @@ import cv2
 import h5py
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from utils import IMAGE_SUFFIXES, InputError, atomic_write, find_images, natural_key, progress, read_rgb, run_script
+from utils import (
+    IMAGE_SUFFIXES, InputError, atomic_write, find_images, locked, natural_key, open_image, progress, read_rgb,
+    remove_leftovers, reserve, run_script,
+)
 
 
 # Finding pairs
@@ -64,7 +67,7 @@ def match_layout(folder, layout):
     rainy, clean = list_stems(folder / layout.rainy_folder), list_stems(folder / layout.clean_folder)
     pairs, orphans, used = [], [], set()
     for stem, path in rainy.items():
-        match = re.fullmatch(layout.rainy_stem, stem)
+        match = re.fullmatch(layout.rainy_stem, stem, re.DOTALL)
         if match is None:
             continue
         partner = layout.clean_stem.format(match[1])
@@ -74,7 +77,7 @@ def match_layout(folder, layout):
             orphans.append(path.name)
     clean_pattern = layout.clean_stem.format(r".+")
     orphans += [
-        path.name for stem, path in clean.items() if stem not in used and re.fullmatch(clean_pattern, stem)
+        path.name for stem, path in clean.items() if stem not in used and re.fullmatch(clean_pattern, stem, re.DOTALL)
     ]
     return pairs, orphans
 
@@ -108,21 +111,19 @@ def find_pairs(folder, option="--data_path", ground_truth_required=True):
                     pairs = [pair for pair in pairs if pair.clean]
                 return sorted(pairs, key=lambda pair: natural_key(pair.rainy)), sorted(orphans, key=natural_key)
     if ground_truth_required:
+        hint = "; clean photographs alone need --rain_synth" if option == "--data_path" else ""
         raise InputError(
             f"{option} {folder}: no rainy/clean pairs; expected for example rain-1.png beside norain-1.png,"
-            " or input/ and target/ with equal names"
+            f" or input/ and target/ with equal names{hint}"
         )
     return [Pair(path, None) for path in find_images(folder, option)], []
 
 
 def image_size(path):
     """(height, width) after EXIF orientation, from the header alone."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
+    with open_image(path) as image:
+        width, height = image.size
+        return (width, height) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (height, width)
 
 
 def check_sizes(pair):
@@ -182,7 +183,7 @@ def find_leaks(pairs, test_folder, threshold=0.95):
 # Packing
 
 
-PACKED_VERSION = 1
+PACKED_VERSION = 2
 
 
 def patch_positions(length, patch_size, stride):
@@ -198,31 +199,30 @@ def fingerprint(pairs, patch_size, stride):
     digest = hashlib.sha256(f"{PACKED_VERSION} {patch_size} {stride}".encode())
     for path in (path for pair in pairs for path in pair):
         status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{path.name} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
 def packed_path(folder, packed_dir):
-    """The packed file of a data folder: its name, and a few digits of its full path to tell namesakes apart."""
+    """The packed file of a data folder: its name's start, and a few digits of its full path to tell namesakes apart."""
     folder = Path(folder).resolve()
-    return Path(packed_dir) / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}.h5"
+    return Path(packed_dir) / f"{folder.name[:40]}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}.h5"
 
 
 def create_hdf5(path, size):
-    """A new h5py file that owns ``size`` bytes of disk beforehand: HDF5 crashes where the disk fills up under it."""
-    empty = io.BytesIO()
-    h5py.File(empty, "w").close()
+    """A new h5py file that has ``size`` bytes of disk: HDF5 crashes where the disk fills up under it."""
+    empty, version = io.BytesIO(), "v110"  # the first whose structures all have checksums
+    h5py.File(empty, "w", libver=version).close()
     with open(path, "wb") as file:
         file.write(empty.getvalue())
-        file.flush()
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-    return h5py.File(path, "r+")  # closing it gives back what was not needed
+        reserve(file, size)
+    return h5py.File(path, "r+", libver=version)  # closing it gives back what was not needed
 
 
 def pack(pairs, path, patch_size, stride):
     """Cut pairs into patches and write them to one HDF5 file, complete or not at all.
 
+    Where another process is packing the same file, it is waited for, and what it wrote is kept if it fits.
     The file holds ``rainy`` and ``clean``, both (patches, patch_size, patch_size, 3) uint8 RGB,
     ``origin`` (patches, 3), the pair and the row and column a patch was cut at, and ``names``.
 
@@ -252,20 +252,29 @@ def pack(pairs, path, patch_size, stride):
             for image in images
         ]
 
-    size = 2 * total * patch_size**2 * 3 + 12 * total + 256 * len(pairs) + 2**16
-    with atomic_write(path) as temporary, create_hdf5(temporary, size) as file:
-        data_sets = [file.create_dataset(name, shape, np.uint8) for name in ("rainy", "clean")]
-        file["origin"] = np.concatenate(cuts).astype(np.int32)
-        file["names"] = [pair.rainy.name for pair in pairs]
-        file.attrs["fingerprint"] = fingerprint(pairs, patch_size, stride)
-        start = 0
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = list(zip(pairs, cuts))
-            for patches in progress(pool.map(read_patches, jobs), f"packing {path.name}", total=len(jobs)):
-                stop = start + len(patches[0])
-                for data_set, part in zip(data_sets, patches):
-                    data_set[start:stop] = part
-                start = stop
+    names = np.array([os.fsencode(pair.rainy.name) for pair in pairs])
+    size = 2 * total * (patch_size**2 * 3 + 64) + 12 * total + names.nbytes + 2**16
+    digest = fingerprint(pairs, patch_size, stride)
+    with locked(path.with_suffix(".lock")) as waited:
+        remove_leftovers(path.parent, path.name)
+        if waited and path.exists() and PackedPatches(path).fingerprint == digest:
+            return
+        with atomic_write(path) as temporary, create_hdf5(temporary, size) as file:
+            data_sets = [
+                file.create_dataset(name, shape, np.uint8, chunks=(1, *shape[1:]), fletcher32=True)  # notices damage
+                for name in ("rainy", "clean")
+            ]
+            file.create_dataset("origin", data=np.concatenate(cuts).astype(np.int32), fletcher32=True)
+            file.create_dataset("names", data=names, fletcher32=True)
+            file.attrs["fingerprint"] = np.bytes_(digest)  # of fixed length: HDF5 can hang on a damaged other
+            start = 0
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = list(zip(pairs, cuts))
+                for patches in progress(pool.map(read_patches, jobs), f"packing {path.name}", total=len(jobs)):
+                    stop = start + len(patches[0])
+                    for data_set, part in zip(data_sets, patches):
+                        data_set[start:stop] = part
+                    start = stop
 
 
 def pick_held_out(pairs, count):
@@ -273,7 +282,9 @@ def pick_held_out(pairs, count):
     return [pairs[k * len(pairs) // count] for k in range(count)]
 
 
-def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, exclude_test=(), hold_out=0):
+def prepare_patches(
+    folder, packed_dir, patch_size, stride, preprocess=False, exclude_test=(), hold_out=0, draw_rain=False
+):
     """Open the patches of a data folder, packing its images first where that has not been done yet.
 
     Args:
@@ -282,6 +293,8 @@ def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, ex
         preprocess: pack anew even if an up-to-date packed file exists.
         exclude_test: test folders whose backgrounds are left out.
         hold_out: this many pairs are kept from training (``pick_held_out``).
+        draw_rain: take a folder of images without any pairs as clean photographs. Their patches have the clean image
+            for the rainy one too and are marked ``clean_only``; none is held out.
 
     Returns:
         (``PackedPatches`` or ``PReNetPatches``, pairs held out).
@@ -292,7 +305,12 @@ def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, ex
         if hold_out or exclude_test:
             raise InputError(f"--data_path {folder}: no pair can be left out of PReNet's packed files")
         return PReNetPatches(folder), []
-    pairs, orphans = find_pairs(folder)
+    pairs, orphans = find_pairs(folder, ground_truth_required=not draw_rain)
+    clean_only = not any(pair.clean for pair in pairs)
+    if clean_only:
+        print(f"{folder}: {len(pairs)} images without pairs, taken as clean photographs to put rain on")
+        pairs, hold_out = [Pair(pair.rainy, pair.rainy) for pair in pairs], 0
+    pairs = [pair for pair in pairs if pair.clean]
     report_orphans(folder, orphans)
     for test_folder in exclude_test:
         leaks = {pair for pair, _ in find_leaks(pairs, test_folder)}
@@ -313,9 +331,11 @@ def prepare_patches(folder, packed_dir, patch_size, stride, preprocess=False, ex
     elif PackedPatches(path).fingerprint != fingerprint(pairs, patch_size, stride):
         reason = "the folder or the patch options have changed"
     if reason:
-        print(f"{folder}: packing {len(pairs)} pairs into {path} ({reason})")
+        print(f"{folder}: packing {len(pairs)} {'images' if clean_only else 'pairs'} into {path} ({reason})")
         pack(pairs, path, patch_size, stride)
-    return PackedPatches(path), held_out
+    patches = PackedPatches(path)
+    patches.clean_only = clean_only
+    return patches, held_out
 
 
 # Reading patches
@@ -327,6 +347,8 @@ class HDF5Patches:
     A handle must not cross a fork or a spawn, so it belongs to the process that opened it.
     """
 
+    clean_only = False  # whether the patches have no rain, the clean ones standing in for the rainy ones
+
     def __init__(self, *paths):
         self.paths = [Path(path) for path in paths]
         self._handles = {}
@@ -334,39 +356,92 @@ class HDF5Patches:
     def __getstate__(self):
         return {**self.__dict__, "_handles": {}}
 
-    def open(self, path):
-        """An h5py file for reading."""
+    @contextmanager
+    def reading(self, path):
+        """Turn what HDF5 says of a damaged file, in whatever exception, into an ``InputError`` that names the file."""
         try:
-            return h5py.File(path, "r")
-        except OSError as error:
-            raise InputError(f"{path}: cut short or not an HDF5 file ({error}); delete it and pack again") from None
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: cut short, damaged or no file of patches ({reason}); {self.REMEDY}") from None
 
     def files(self):
+        """The open files; each process opens its own."""
         pid = os.getpid()
         if pid not in self._handles:
-            self._handles = {pid: [self.open(path) for path in self.paths]}
+            handles = []
+            for path in self.paths:
+                with self.reading(path):
+                    handles.append(h5py.File(path, "r"))
+            self._handles = {pid: handles}
         return self._handles[pid]
+
+
+def data_set(file, name, shape=None, kinds="u"):
+    """A data set of an HDF5 file, whose values must lie in that file.
+
+    Args:
+        file: the open file.
+        name: of the data set.
+        shape: what it must be; None takes any.
+        kinds: of NumPy's types, those expected.
+
+    Raises:
+        KeyError, ValueError: none of this name, or another one than expected.
+    """
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"no {name} in it")
+    data = file[name]
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in kinds or shape not in (None, data.shape):
+        raise ValueError(f"unexpected {name}")
+    if data.is_virtual or data.external or data.nbytes > os.path.getsize(file.filename):
+        raise ValueError(f"{name} is larger than the file")
+    return data
 
 
 class PackedPatches(HDF5Patches):
     """The patches of a file that ``pack`` wrote; item k is a pair of (P, P, 3) uint8 RGB arrays."""
 
+    REMEDY = "delete it and pack again"
+
     def __init__(self, path):
         super().__init__(path)
-        with self.open(path) as file:
-            try:
-                self.length, self.patch_size = file["rainy"].shape[:2]
-                self.fingerprint = file.attrs["fingerprint"]
-                self.origin, self.names = file["origin"][:], file["names"].asstr()[:]
-            except (KeyError, ValueError, OSError):
-                raise InputError(f"{path}: not a file of packed patches; delete it and pack again") from None
+        with self.reading(path), h5py.File(path, "r") as file:
+            self.fingerprint = self.read_fingerprint(file)
+            rainy = data_set(file, "rainy")
+            data_set(file, "clean", rainy.shape)
+            self.length, self.patch_size = rainy.shape[:2]
+            if rainy.shape != (self.length, self.patch_size, self.patch_size, 3):
+                raise ValueError("unexpected rainy")
+            if self.fingerprint is None:
+                return
+            self.origin = data_set(file, "origin", (self.length, 3), "i")[:]
+            self.names = [os.fsdecode(name) for name in data_set(file, "names", kinds="S")[:]]
+            if not 0 <= self.origin[:, 0].min() <= self.origin[:, 0].max() < len(self.names):
+                raise ValueError("unexpected origin")
 
     def __len__(self):
         return self.length
 
+    @staticmethod
+    def read_fingerprint(file):
+        """The fingerprint of an open file; None where another version packed it, so that it is packed anew."""
+        return file.attrs["fingerprint"].decode() if file.attrs.get_id("fingerprint").dtype.kind == "S" else None
+
+    def files(self):
+        """The open file, which another run may have replaced since ``__init__``."""
+        new = os.getpid() not in self._handles
+        (file,) = super().files()
+        if new and self.read_fingerprint(file) != self.fingerprint:
+            raise InputError(f"{self.paths[0]}: packed anew by another run; expected another --packed_dir for each")
+        return file
+
     def __getitem__(self, index):
-        (file,) = self.files()
-        return file["rainy"][index], file["clean"][index]
+        with self.reading(self.paths[0]):
+            file = self.files()
+            return file["rainy"][index], file["clean"][index]
 
     def describe(self, index):
         number, top, left = self.origin[index]
@@ -377,6 +452,7 @@ class PReNetPatches(HDF5Patches):
     """PReNet's pair of files: a (3, P, P) float32 data set in [0, 1] a patch, keys "0", "1", ..."""
 
     NAMES = ("train_input.h5", "train_target.h5")
+    REMEDY = 'expected (3, P, P) data sets with the keys "0", "1", ...'
 
     @classmethod
     def found_in(cls, folder):
@@ -384,23 +460,27 @@ class PReNetPatches(HDF5Patches):
 
     def __init__(self, folder):
         super().__init__(*(Path(folder) / name for name in self.NAMES))
-        lengths = []
+        lengths, self.shape = [], None
         for path in self.paths:
-            with self.open(path) as file:
+            with self.reading(path), h5py.File(path, "r") as file:
                 lengths.append(len(file))
-                last = str(lengths[-1] - 1)
-                if "0" not in file or last not in file or file["0"].ndim != 3 or file["0"].shape[0] != 3:
-                    raise InputError(f'{path}: expected (3, P, P) data sets with the keys "0", "1", ...')
-                self.patch_size = file["0"].shape[1]
+                side = data_set(file, "0", self.shape, "f").shape[-1]
+                self.shape = (3, side, side)
+                for index in (0, lengths[-1] - 1):
+                    data_set(file, str(index), self.shape, "f")
         if lengths[0] != lengths[1]:
             raise InputError(f"{self.paths[0]} has {lengths[0]} patches but {self.NAMES[1]} has {lengths[1]}")
-        self.length = lengths[0]
+        self.length, self.patch_size = lengths[0], self.shape[1]
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        return tuple(file[str(index)][()].transpose(1, 2, 0) for file in self.files())
+        images = []
+        for path, file in zip(self.paths, self.files()):
+            with self.reading(path):
+                images.append(data_set(file, str(index), self.shape, "f")[()].transpose(1, 2, 0))
+        return tuple(images)
 
     def describe(self, index):
         return f"{self.paths[0].parent.name} patch {index}"
@@ -415,19 +495,26 @@ class TrainingPatches(Dataset):
     Args:
         sources: ``PackedPatches`` or ``PReNetPatches``, all with patches of one size.
         augment: mirror half of the patches. Rain falls, so they are not turned.
-        seed: of the augmentation.
+        seed: of the augmentation and the rain.
+        rain: ``rain.TrainingRain``; None leaves each patch its own.
 
     Raises:
-        InputError: the sources have patches of several sizes.
+        InputError: the sources have patches of several sizes, or none with the rain that ``rain`` is to mix.
     """
 
-    def __init__(self, sources, augment=True, seed=0):
-        self.sources, self.augment, self.seed = sources, augment, seed
+    def __init__(self, sources, augment=True, seed=0, rain=None):
+        self.sources, self.augment, self.seed, self.rain = sources, augment, seed, rain
         self.starts = np.cumsum([0] + [len(source) for source in sources])
         sizes = {source.patch_size: source.paths[0] for source in sources}
         if len(sizes) > 1:
             found = ", ".join(f"{size} px in {path}" for size, path in sizes.items())
             raise InputError(f"--data_path: expected patches of one size, found {found}")
+        if rain and rain.mix:
+            self.donors = np.flatnonzero(np.repeat([not source.clean_only for source in sources], np.diff(self.starts)))
+            if not len(self.donors):
+                raise InputError("--rain_mix: expected a --data_path with rainy/clean pairs, to take their rain")
+            for index in self.donors[:: -(-len(self.donors) // 100)]:  # enough to notice a set stored as JPEG
+                rain.check_donor(*self.read(index), self.describe(index))
 
     def __len__(self):
         return int(self.starts[-1])
@@ -442,14 +529,23 @@ class TrainingPatches(Dataset):
         source, inner = self.locate(index)
         return source.describe(inner)
 
+    def read(self, index):
+        """(rainy, clean) of a patch as it was packed."""
+        source, inner = self.locate(index)
+        return source[inner]
+
     def __getitem__(self, key):
         """(rainy, clean, index): two (3, P, P) float32 tensors in [0, 1], and the patch's index."""
         epoch, index = key
-        source, inner = self.locate(index)
-        images = source[inner]
+        rainy, clean = self.read(index)
+        if self.rain:
+            # Random numbers of its own: the mirrored patches are the same with new rain and without.
+            rng = np.random.default_rng((self.seed, epoch, index, 1))
+            clean_only = self.locate(index)[0].clean_only
+            rainy = self.rain(rainy, clean, clean_only, lambda: self.read(rng.choice(self.donors)), rng)
         mirror = self.augment and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         tensors = []
-        for image in images:
+        for image in (rainy, clean):
             image = image[:, ::-1] if mirror else image
             image = np.ascontiguousarray(image.transpose(2, 0, 1))
             scale = 255 if image.dtype == np.uint8 else 1

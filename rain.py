@@ -3,6 +3,7 @@
     python rain.py --clean datasets/clean --out datasets/train/RainSynth --preset heavy --per_image 2
 
 The rain model is that of Rain100L and Rain100H: rainy = min(255, clean + S), with one grey streak layer S >= 0.
+--streaks datasets/train/RainTrainL takes S from real pairs instead of drawing it.
 The bundled test/RainSample was made from photographs that scikit-image ships (public domain or CC0) by
 
     python rain.py --clean scikit-image --out datasets/test/RainSample --preset light heavy --per_image 2 --layout test
@@ -15,6 +16,7 @@ import cv2
 import numpy as np
 import skimage.data
 
+from DerainDataset import check_sizes, find_pairs
 from utils import InputError, at_least, find_images, progress, read_rgb, run_script, write_image
 
 
@@ -24,42 +26,53 @@ class Preset:
 
     mean: tuple  # of the whole layer; drawn uniformly
     directions: tuple  # distinct streak directions in one image
-    angle: float  # largest angle from the vertical, degrees
-    length: tuple
-    width: tuple
+    angle: float  # largest angle from the vertical, degrees; small ones are more frequent
+    spread: tuple  # standard deviation of the streaks of one direction, degrees
+    length: tuple  # typical of an image; drawn uniformly in its logarithm
+    width: tuple  # one of these
     level: tuple  # (a, b): a streak's typical level is a + b * mean
+    scatter: float  # standard deviation of the logarithm of the levels in a pass
     hard_edged: float  # share of the passes that are not blurred
     blur: tuple  # standard deviation of the blur of the others, px
-    density: tuple  # segments a pass and 10,000 px
+    cover: tuple  # summed length of the streaks of a pass, px a pixel
 
 
+# Chosen so that the rain looks to rain_stats.py like that of RainTrainL and of 18 pairs of RainTrainH.
 PRESETS = {
-    "light": Preset((1.5, 13), (1, 1), 35, (8, 45), (1, 2), (20, 1.0), 0.0, (0.5, 1.1), (0.5, 3)),
-    "heavy": Preset((6, 92), (1, 3), 15, (15, 110), (1, 3), (15, 0.4), 0.6, (0.4, 0.9), (2, 8)),
+    "light": Preset(
+        mean=(1.5, 10), directions=(1, 1), angle=32, spread=(0, 1), length=(13, 100), width=(1,), level=(16, 2.9),
+        scatter=0.6, hard_edged=0, blur=(0.4, 0.85), cover=(0.005, 0.02),
+    ),
+    "heavy": Preset(
+        mean=(6, 108), directions=(1, 2), angle=16, spread=(0, 1), length=(20, 140), width=(1, 1, 1, 2),
+        level=(30, 0.38), scatter=0.45, hard_edged=0.5, blur=(0.4, 0.75), cover=(0.02, 0.08),
+    ),
 }
+MAX_LEVEL = 230  # of one streak
 MAX_PASSES = 200
 # Eileen Collins (NASA), Chelsea (S. van der Walt), a coffee cup (R. Michetti), a Falcon 9 (SpaceX).
 SAMPLE_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 SAMPLE_SIDE = 288  # px, the longer one: keeps the bundled files small
 
 
-def draw_pass(shape, direction, level, preset, rng):
-    """One pass of nearly parallel segments of about one grey level: (H, W) float32 in [0, 255]."""
-    height, width = shape
-    layer = np.zeros(shape, np.uint8)
-    count = max(1, round(rng.uniform(*preset.density) * height * width / 1e4))
-    angles = np.radians(direction + rng.normal(0, 1, count))
-    lengths = rng.uniform(*preset.length, count)
+def draw_pass(shape, direction, spread, length, level, preset, rng):
+    """One pass of nearly parallel segments of about one length and grey level: (H, W) float32 in [0, 255]."""
+    size, mean_angle = np.array(shape[::-1]), np.radians(direction)
+    # Centres outside the frame too, or its borders would be dry.
+    margin = 0.75 * length * np.abs((np.sin(mean_angle), np.cos(mean_angle)))
+    count = max(1, round(rng.uniform(*preset.cover) * np.prod(size + 2 * margin) / length))
+    angles = mean_angle + np.radians(rng.normal(0, spread, count))
+    lengths = length * rng.uniform(0.5, 1.5, count)
     half = np.stack((np.sin(angles), np.cos(angles)), 1) * lengths[:, None] / 2
-    margin = preset.length[1] / 2  # centres outside the frame too, or its borders would be dry
-    centres = rng.uniform((-margin, -margin), (width + margin, height + margin), (count, 2))
-    levels = np.clip(level * rng.uniform(0.7, 1.3, count), 0, 255)
-    widths = rng.integers(preset.width[0], preset.width[1] + 1, count)
-    hard_edged = rng.random() < preset.hard_edged
-    for start, end, grey, thickness in zip(centres - half, centres + half, levels, widths):
-        cv2.line(layer, np.rint(start).astype(int), np.rint(end).astype(int), float(grey), int(thickness))
+    centres = rng.uniform(-margin, size + margin, (count, 2))
+    levels = np.minimum(level * rng.lognormal(0, preset.scatter, count), MAX_LEVEL)
+    widths = rng.choice(preset.width, count)
+    ends = np.rint(np.hstack((centres - half, centres + half)) * 16).astype(int)  # OpenCV's fixed point of 4 bits
+    layer = np.zeros(shape, np.uint8)
+    for (*start, x, y), grey, thickness in zip(ends.tolist(), levels.tolist(), widths.tolist()):
+        cv2.line(layer, start, (x, y), grey, thickness, cv2.LINE_AA, shift=4)
     layer = layer.astype(np.float32)
-    return layer if hard_edged else cv2.GaussianBlur(layer, (0, 0), rng.uniform(*preset.blur))
+    return layer if rng.random() < preset.hard_edged else cv2.GaussianBlur(layer, (0, 0), rng.uniform(*preset.blur))
 
 
 def streak_layer(height, width, preset, rng):
@@ -75,13 +88,16 @@ def streak_layer(height, width, preset, rng):
     """
     preset = PRESETS[preset]
     target = rng.uniform(*preset.mean)
-    directions = rng.uniform(-preset.angle, preset.angle, rng.integers(preset.directions[0], preset.directions[1] + 1))
-    piled = rng.random() < 0.75
+    count = rng.integers(preset.directions[0], preset.directions[1] + 1)
+    directions = rng.triangular(-preset.angle, 0, preset.angle, count)
+    spread, length = rng.uniform(*preset.spread), np.exp(rng.uniform(*np.log(preset.length)))
+    piled = rng.random() < 0.5
     # Where streaks hide one another instead of adding up, they must be brighter for the same mean.
-    level = (preset.level[0] + preset.level[1] * target) * (1 if piled else 2)
+    level = (preset.level[0] + preset.level[1] * target) * (1 if piled else 1.5)
     layer = np.zeros((height, width), np.float32)
     for _ in range(MAX_PASSES):
-        streaks = draw_pass(layer.shape, rng.choice(directions), level * rng.uniform(0.3, 1.7), preset, rng)
+        pass_level = level * rng.uniform(0.3, 1.7)
+        streaks = draw_pass(layer.shape, rng.choice(directions), spread, length, pass_level, preset, rng)
         layer = np.minimum(layer + streaks, 255) if piled else np.maximum(layer, streaks)
         if layer.mean() >= target:
             break
@@ -93,12 +109,100 @@ def add_rain(clean, streaks):
     return np.minimum(clean.astype(np.uint16) + streaks[..., None], 255).astype(np.uint8)
 
 
+def extract_streaks(rainy, clean):
+    """The streak layer S of a pair, so that ``add_rain(clean, S)`` is the rainy image again.
+
+    S is exact where a channel of the rainy image is below 255. Where all three are full it is the least that fills
+    them: rain in front of a white sky is lost. A pair that is not clean + S (``follows_model``) gives the largest of
+    the channels' differences, 0 where all are negative.
+
+    Args:
+        rainy, clean: (H, W, 3) uint8.
+
+    Returns:
+        (H, W) uint8.
+    """
+    return cv2.subtract(rainy, clean).max(2)
+
+
+def follows_model(rainy, clean):
+    """Whether a pair is exactly min(255, clean + S) with a grey S >= 0."""
+    return np.array_equal(add_rain(clean, extract_streaks(rainy, clean)), rainy)
+
+
+def fit_streaks(streaks, height, width, rng):
+    """A (height, width) cut of a streak layer at random, mirrored or not; tiled where too small, never resampled."""
+    tiles = -(-height // streaks.shape[0]), -(-width // streaks.shape[1])
+    streaks = np.tile(streaks, tiles)
+    top, left = (rng.integers(0, have - need + 1) for have, need in zip(streaks.shape, (height, width)))
+    streaks = streaks[top : top + height, left : left + width]
+    return streaks[:, ::-1] if rng.random() < 0.5 else streaks
+
+
+@dataclass(frozen=True)
+class TrainingRain:
+    """New rain for training patches: drawn, or that of another pair; train.py's --rain_synth and --rain_mix.
+
+    A patch of a pair keeps its own rain with what is left of probability 1. One of a photograph without rain has none
+    to keep, so it is drawn on or mixed, in the proportion of the two.
+    """
+
+    synth: float = 0  # probability of drawn rain
+    preset: str = "both"  # a key of PRESETS, or "both" for either
+    mix: float = 0  # probability of the rain of another patch
+
+    def check_donor(self, rainy, clean, name):
+        """Refuse to mix the rain of pairs that are not clean + S; ``name`` is what the error names."""
+        if not follows_model(as_bytes(rainy), as_bytes(clean)):
+            raise InputError(
+                f"--rain_mix: {name} is not its clean image plus one grey layer of streaks, as in sets stored as JPEG;"
+                " expected pairs such as RainTrainL's"
+            )
+
+    def __call__(self, rainy, clean, clean_only, donor, rng):
+        """The rainy patch to train on.
+
+        Args:
+            rainy, clean: (P, P, 3) uint8, or float in [0, 1].
+            clean_only: there is no rain in ``rainy``.
+            donor: function without arguments that returns the (rainy, clean) that rain is taken from.
+            rng: ``numpy.random.Generator``.
+
+        Returns:
+            ``rainy`` itself, or clean + S as (P, P, 3) uint8.
+        """
+        if not clean_only and rng.random() >= self.synth + self.mix:
+            return rainy
+        clean = as_bytes(clean)
+        if rng.random() < self.synth / (self.synth + self.mix):
+            preset = rng.choice(list(PRESETS)) if self.preset == "both" else self.preset
+            return add_rain(clean, streak_layer(*clean.shape[:2], preset, rng))
+        return add_rain(clean, extract_streaks(*map(as_bytes, donor())))
+
+
+def as_bytes(image):
+    """A uint8 array as it is, one in [0, 1] scaled to 255 and rounded."""
+    return image if image.dtype == np.uint8 else np.rint(255 * image).astype(np.uint8)
+
+
 def sample_photograph(name):
     """A photograph that scikit-image ships, shrunk to ``SAMPLE_SIDE``: (H, W, 3) uint8."""
     image = getattr(skimage.data, name)()
     height, width = image.shape[:2]
     scale = SAMPLE_SIDE / max(height, width)
     return cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+
+
+def read_streaks(pair):
+    """The streak layer of a pair of files; pairs that are not clean + S are refused."""
+    check_sizes(pair)
+    rainy, clean = read_rgb(pair.rainy), read_rgb(pair.clean)
+    if not follows_model(rainy, clean):
+        raise InputError(
+            f"--streaks: {pair.rainy} is not {pair.clean.name} plus one grey layer of streaks, as in sets stored as"
+            " JPEG; expected pairs such as RainTrainL's"
+        )
+    return extract_streaks(rainy, clean)
 
 
 def parse_args():
@@ -108,9 +212,13 @@ def parse_args():
         help="folder of clean photographs, or scikit-image for the four it ships",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the pairs, made if absent")
-    parser.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--preset", choices=PRESETS, nargs="+", default=["heavy"],
         help="rain to draw; with several, the versions of a photograph take turns (default: heavy)",
+    )
+    group.add_argument(
+        "--streaks", metavar="DIR", help="take the rain of these rainy/clean pairs at random instead of drawing it"
     )
     parser.add_argument(
         "--per_image", type=at_least(1), default=1, help="rainy versions of each photograph (default: 1)"
@@ -129,11 +237,16 @@ def main():
     photographs = SAMPLE_PHOTOGRAPHS if bundled else find_images(args.clean, "--clean")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"--out {args.out}: expected a new or an empty folder")
+    pairs = find_pairs(args.streaks, "--streaks")[0] if args.streaks else []
     jobs = [(photograph, k) for photograph in photographs for k in range(args.per_image)]
     for number, (photograph, k) in enumerate(progress(jobs, "drawing rain"), 1):
         clean = sample_photograph(photograph) if bundled else read_rgb(photograph)
         rng = np.random.default_rng((args.seed, number))
-        rainy = add_rain(clean, streak_layer(*clean.shape[:2], args.preset[k % len(args.preset)], rng))
+        if pairs:
+            streaks = fit_streaks(read_streaks(pairs[rng.integers(len(pairs))]), *clean.shape[:2], rng)
+        else:
+            streaks = streak_layer(*clean.shape[:2], args.preset[k % len(args.preset)], rng)
+        rainy = add_rain(clean, streaks)
         if args.layout == "train":
             rainy_path, clean_path = args.out / f"rain-{number}.png", args.out / f"norain-{number}.png"
         else:

@@ -14,7 +14,8 @@ import socket
 import struct
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,11 @@ from DerainDataset import ShuffledBatches, TrainingPatches, check_sizes, find_pa
 from inference import StripRunner
 from losses import BACKBONE_WEIGHTS, LPIPS_NETS, PIXEL_LOSSES, SMALLEST_IMAGE, WEIGHTS, DerainLoss
 from networks import RESIDUAL_CONVS, SEG_BACKBONES, SAPNet
+from rain import PRESETS, TrainingRain
 from utils import (
-    InputError, RunError, add_flag, at_least, fast_bfloat16, join_processes, load_checkpoint, load_weights, measure,
-    pick_device, progress, read_options, read_rgb, run_script, save_checkpoint, to_image, to_tensor, write_text,
+    InputError, RunError, add_flag, at_least, fast_bfloat16, join_processes, load_checkpoint, load_weights, locked,
+    measure, pick_device, progress, read_options, read_rgb, remove_leftovers, run_script, save_checkpoint, to_image,
+    to_tensor, write_text,
 )
 
 STATE_FILE = "train_state.pth"
@@ -65,6 +68,14 @@ def parse_args(argv=None):
     group.add_argument(
         "--val_pairs", type=at_least(0), default=0, metavar="N",
         help="hold out N pairs of each data folder and validate on them",
+    )
+    group.add_argument(
+        "--rain_mix", type=at_least(0, float), default=0, metavar="P",
+        help="share of the patches that get the rain of another patch",
+    )
+    group.add_argument(
+        "--rain_synth", nargs=2, metavar=("PRESET", "P"),
+        help="share of the patches that get drawn rain (light, heavy, both); folders of clean photographs will do then",
     )
 
     group = parser.add_argument_group("network")
@@ -134,6 +145,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if any(first >= second for first, second in zip(args.milestone, args.milestone[1:])):
         parser.error(f"argument --milestone: expected ascending epochs, got {' '.join(map(str, args.milestone))}")
+    if args.rain_synth:
+        preset, text = args.rain_synth
+        try:
+            args.rain_synth = [preset, float(text)]
+        except ValueError:
+            args.rain_synth = [preset, -1]
+        if preset not in (*PRESETS, "both") or not 0 <= args.rain_synth[1] <= 1:
+            expected = f"{', '.join(PRESETS)} or both and a number from 0 to 1"
+            parser.error(f"argument --rain_synth: expected {expected}, got {preset} {text}")
+    if args.rain_mix + (args.rain_synth[1] if args.rain_synth else 0) > 1:
+        parser.error("arguments --rain_mix and --rain_synth: expected shares that add up to 1 or less")
     return args
 
 
@@ -175,7 +197,8 @@ class EventFile:
     """
 
     def __init__(self, folder, purge_step, enabled=True):
-        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        # A file for each start: that of a killed run may end within a record.
+        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self.enabled = enabled
         self.write(step=purge_step, file_version="brain.Event:2")
         self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
@@ -291,8 +314,7 @@ def validate(net, pairs, device):
 
 
 def save_state(args, net, optimizer, position):
-    """Write net_latest.pth and all that an exact resume needs."""
-    save_checkpoint(args.save_path / "net_latest.pth", net.state_dict())
+    """Write all that an exact resume needs, then net_latest.pth, which a resumed run begins by writing again."""
     totals = {name: float(value) for name, value in position.totals.items()}
     state = {
         "net": net.state_dict(),
@@ -301,6 +323,7 @@ def save_state(args, net, optimizer, position):
         "random": torch.get_rng_state(),
     }
     save_checkpoint(args.save_path / STATE_FILE, state)
+    save_checkpoint(args.save_path / "net_latest.pth", net.state_dict())
 
 
 def load_state(args, net, optimizer):
@@ -309,29 +332,53 @@ def load_state(args, net, optimizer):
     state = load_checkpoint(path)
     try:
         net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]  # these follow from the options
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         torch.set_rng_state(state["random"])
-        return Position(**state["position"])
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise InputError(f"{path}: not the state of a run with these network options; expected the run's own") from None
-
-
-def check_run(args):
-    """Refuse to overwrite a run that could be resumed, and to resume one that is not there."""
-    found = (args.save_path / STATE_FILE).exists()
-    if args.resume and not found:
-        raise InputError(f"--resume: no {STATE_FILE} in {args.save_path}; expected the folder of a stopped run")
-    if found and not args.resume:
-        raise InputError(
-            f"--save_path {args.save_path}: holds another run; give --resume to continue it, or another folder"
+        position = Position(**state["position"])
+        fit = all(
+            values[name].shape == parameter.shape
+            for parameter, values in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")
         )
+        if not fit or [*map(type, astuple(position))] != [*map(type, astuple(Position()))]:
+            raise ValueError
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+        raise InputError(f"{path}: not the state of a run with these network options; expected the run's own") from None
+    tensors = [*net.parameters(), *(values["exp_avg"] for values in optimizer.state.values())]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise InputError(f"{path}: NaN or infinite weights; expected the state of a run that can go on")
+    return position
+
+
+@contextmanager
+def hold_run(args):
+    """Keep --save_path to this process, and refuse what would harm the run that may be there.
+
+    Raises:
+        InputError: another process has it, there is a run that could be resumed, or none that can.
+    """
+    folder = args.save_path
+    if args.resume and not folder.is_dir():
+        raise InputError(f"--resume: no folder {folder}; expected that of a stopped run")
+    with locked(folder / ".lock", f"--save_path {folder}"):
+        remove_leftovers(folder)
+        found = (folder / STATE_FILE).exists()
+        if found and not args.resume:
+            raise InputError(
+                f"--save_path {folder}: holds another run; give --resume to continue it, or another folder"
+            )
+        if args.resume and not found:
+            if (folder / "net_latest.pth").exists():  # never without the state in a run's own folder
+                raise InputError(f"--resume: {folder} has weights but no {STATE_FILE}; expected a stopped run's folder")
+            print(f"{folder}: nothing was saved there yet; starting from the beginning")
+        yield
 
 
 def write_arguments(args):
     """Write the resolved arguments beside the run, and say which of them a resumed run changes."""
     path = args.save_path / "args.json"
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    if args.resume:
+    if args.resume and path.exists():
         before = read_options(args.save_path)
         changed = [
             f"--{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value
@@ -348,15 +395,23 @@ def load_data(args, device, rank, ranks):
         )
     if rank > 0:
         distributed.barrier()  # the first process packs, the others read
+    preset, synth = args.rain_synth or ("both", 0)
+    rain = TrainingRain(synth, preset, args.rain_mix) if synth or args.rain_mix else None
     sources, val_pairs = [], []
     for folder in args.data_path:
         if not Path(folder).is_dir():
             raise InputError(f"--data_path {folder}: no such folder; {DATA_HINT}")
         source, held_out = prepare_patches(
-            folder, args.packed_dir, args.patch_size, args.stride, args.preprocess, args.exclude_test, args.val_pairs
+            folder, args.packed_dir, args.patch_size, args.stride, args.preprocess, args.exclude_test, args.val_pairs,
+            draw_rain=rain is not None,
         )
         sources.append(source)
         val_pairs += held_out
+    if args.val_pairs and not val_pairs:
+        raise InputError(
+            "--val_pairs: clean photographs have no pairs to hold out; make some with python rain.py"
+            " --clean OTHER_PHOTOGRAPHS --out DIR, and give --val_path DIR"
+        )
     if args.val_path:
         pairs, orphans = find_pairs(args.val_path, "--val_path")
         report_orphans(args.val_path, orphans)
@@ -366,7 +421,9 @@ def load_data(args, device, rank, ranks):
     for pair in val_pairs:  # now, not after the first epoch
         if min(check_sizes(pair)) < 11:
             raise InputError(f"{pair.rainy}: expected validation images of 11 px or more, the window of SSIM")
-    dataset = TrainingPatches(sources, args.augment, args.seed)
+        for path in pair:
+            read_rgb(path)
+    dataset = TrainingPatches(sources, args.augment, args.seed, rain)
     if len(dataset) < ranks:
         raise InputError(f"--data_path: {len(dataset)} patches are not enough for {ranks} processes")
     batches = ShuffledBatches(len(dataset), args.batch_size, args.seed, rank, ranks)
@@ -469,13 +526,16 @@ def train(args, device, rank, ranks):
     net = build_network(args, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     criterion = build_criterion(args, device)
-    position = load_state(args, net, optimizer) if args.resume else Position()
+    resumed = (args.save_path / STATE_FILE).exists()
+    position = load_state(args, net, optimizer) if resumed else Position()
 
     batches = len(loader)
     # By the steps of the whole run: resuming must not change the arithmetic.
     choose_speed(args, device, min(batches * args.epochs, args.max_steps or batches * args.epochs))
     if rank == 0:
         write_arguments(args)
+        if resumed:  # it was killed, perhaps, before it could write these
+            save_checkpoint(args.save_path / "net_latest.pth", net.state_dict())
     model = torch.compile(net) if args.compile else net
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -484,7 +544,7 @@ def train(args, device, rank, ranks):
         print(f"nothing left to do after step {position.step}; a larger --epochs or --max_steps trains on")
         return False
     stop = StopSignal()
-    writer = EventFile(args.save_path, position.step, enabled=rank == 0)
+    writer = EventFile(args.save_path, position.step + 1, enabled=rank == 0)
     while True:
         started, images = time.monotonic(), None
         if args.use_stage1:
@@ -511,10 +571,9 @@ def main():
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     rank, ranks = join_processes(device)
-    if rank == 0:
-        check_run(args)
     try:
-        interrupted = train(args, device, rank, ranks)
+        with hold_run(args) if rank == 0 else nullcontext():
+            interrupted = train(args, device, rank, ranks)
     except RuntimeError as error:
         if ranks == 1:
             raise

@@ -3,15 +3,22 @@
     python -c "from utils import read_rgb, psnr; x = read_rgb('example.png'); print(psnr(x, x))"
 """
 import argparse
+import csv
+import errno
+import glob
 import io
 import json
+import math
 import os
 import pickle
 import re
+import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -24,7 +31,15 @@ from tqdm import tqdm
 
 from networks import SAPNet
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # Pillow would also run the PostScript of an EPS file
+MAX_PIXELS = 2**28  # of an image; the largest cameras have 200 million, and a few bytes can declare 60,000x60,000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns from 89 million on; ``open_image`` has ours
 
 
 # Errors and options
@@ -40,6 +55,8 @@ class RunError(Exception):
 
 def run_script(main):
     """Call ``main``; turn its errors into one line on stderr and exit status 2 for bad input, 1 for a failed run."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
     try:
         main()
     except InputError as error:
@@ -51,7 +68,9 @@ def run_script(main):
 
 
 def fail(error, status):
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    # PyTorch hands on a loader process's error with its traceback.
+    text = str(error).strip().rpartition("utils.InputError: ")[2]
+    print(f"{Path(sys.argv[0]).name}: error: {printable(text)}", file=sys.stderr)
     return status
 
 
@@ -138,6 +157,11 @@ def natural_key(path):
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
+def printable(name):
+    """A path, or a text that holds one, on one line: a name may hold line breaks, and bytes that are no text."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
+
+
 def find_images(folder, option):
     """Image paths directly in ``folder`` in natural order; ``option`` is what an error names."""
     folder = Path(folder)
@@ -149,18 +173,34 @@ def find_images(folder, option):
     return sorted(paths, key=natural_key)
 
 
+def temporary_name(name, process):
+    """What a file is called while ``process`` writes it: not its name and more, which may be too long a name."""
+    return f"{name[:40]}-{zlib.crc32(os.fsencode(name)):08x}-{process}.tmp"
+
+
+def remove_leftovers(folder, name=None):
+    """Remove what killed processes left of ``atomic_write``, of one file or all; call it where no other writes them."""
+    pattern = "*-????????-*.tmp" if name is None else glob.escape(temporary_name(name, "")[:-4]) + "*.tmp"
+    for path in Path(folder).glob(pattern):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_write(path):
     """Yield a temporary path beside ``path`` that replaces it on success and is removed on any error.
+
+    Only a killed process leaves the temporary file behind (``remove_leftovers``).
 
     Raises:
         RunError: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(temporary_name(path.name, os.getpid()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())  # a machine that goes down must not keep the name and lose the content
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
@@ -168,13 +208,111 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def reserve(file, size):
+    """Make ``size`` bytes of disk the open file's own, or raise OSError now and not crash when they are written."""
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def write_text(path, text):
     """Write a small text file, complete or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_csv(path, columns, rows):
+    """Write dictionaries as CSV under a header of ``columns``; what a row lacks stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6f}" if isinstance(value, float) else value for name, value in row.items()})
+    write_text(path, text.getvalue())
+
+
+@contextmanager
+def locked(path, refusal=None):
+    """Hold the lock file ``path``, made if absent and removed afterwards; yield whether it had to wait for it.
+
+    The lock is the kernel's, which lets go of it when the process ends, however it ends, so a file left behind
+    locks nothing. Machines that share a network file system see one another's locks where it has them, as NFS.
+
+    Args:
+        path: of the lock file.
+        refusal: what the error says where another process holds the lock; None waits for that process.
+
+    Raises:
+        InputError: another process holds the lock.
+        RunError: the lock file cannot be written.
+    """
+    path, waited = Path(path), False
+    new_folder = not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab+", buffering=0)
+        while not take_lock(file, path):
+            file.seek(0)
+            holder = file.read().decode() or "another process"
+            if refusal:
+                raise InputError(f"{refusal}: in use by {holder}")
+            if not waited:
+                print(f"{path}: waiting for {holder}", flush=True)
+            waited = True
+            time.sleep(0.2)
+            file.close()
+            file = open(path, "ab+", buffering=0)
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
+    try:
+        with suppress(OSError):  # a full disk is told of by what is written next
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield waited
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+        if new_folder:
+            with suppress(OSError):  # not empty
+                path.parent.rmdir()
+
+
+def take_lock(file, path):
+    """Whether this process now holds the lock of the open ``file``, which still is the one at ``path``."""
+    if fcntl:
+        try:
+            # lockf, not flock: the loader's processes would inherit that, and outlive a killed run by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # A file system may have no locks at all.
+            return error.errno not in (errno.EACCES, errno.EAGAIN)
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 # Images
+
+
+@contextmanager
+def open_image(path):
+    """Yield an image file as Pillow opens it: the header is read, the pixels are not.
+
+    Raises:
+        InputError: missing, too large or no image; also for what goes wrong inside the ``with`` block.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height}; expected at most {MAX_PIXELS:,} pixels")
+            yield image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected an image") from None
+    except Exception as error:  # a damaged file can fail at any point of the decoders
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a readable image ({reason})") from None
 
 
 def read_image(path):
@@ -185,18 +323,16 @@ def read_image(path):
         three channels and the EXIF orientation applied.
 
     Raises:
-        InputError: the file is missing, truncated or no image.
+        InputError: the file is missing, truncated, no image, or one of more than ``MAX_PIXELS``.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16") or is_deep(image, path):
-                return read_deep(path)
-            image = ImageOps.exif_transpose(image)  # decodes, and raises where data is missing
-            return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected an image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
+    with open_image(path) as image:
+        if image.mode.startswith("I;16") or is_deep(image, path):
+            return read_deep(path)
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a sample; expected 8 or 16")
+        ImageOps.exif_transpose(image, in_place=True)  # decodes, and raises where data is missing
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
 def is_deep(image, path):
@@ -221,16 +357,20 @@ def read_deep(path):
 
 def read_rgb(path):
     """``read_image`` as (H, W, 3) uint8: alpha dropped, 16 bits rounded to 8."""
-    image = read_image(path)[..., :3]
+    return to_uint8(read_image(path)[..., :3])
+
+
+def to_uint8(image):
+    """A uint8 or uint16 array as uint8, rounded."""
     return image if image.dtype == np.uint8 else np.rint(image / 257).astype(np.uint8)
 
 
 def write_image(path, image):
-    """Write an (H, W, 3 or 4) uint8 or uint16 RGB(A) array as PNG, complete or not at all."""
+    """Write an (H, W, 3 or 4) uint8 or uint16 RGB(A) array in the format of the suffix, complete or not at all."""
     code = cv2.COLOR_RGBA2BGRA if image.shape[2] == 4 else cv2.COLOR_RGB2BGR
-    ok, data = cv2.imencode(".png", cv2.cvtColor(image, code))
+    ok, data = cv2.imencode(path.suffix, cv2.cvtColor(image, code))
     if not ok:
-        raise OSError(f"{path}: could not be encoded as PNG")
+        raise OSError(f"{path}: could not be encoded as {path.suffix}")
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
@@ -309,9 +449,16 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """Read what ``save_checkpoint`` or PyTorch wrote, on the CPU, without running any code the file may hold."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # PyTorch stores tensors as they are; but it reads compressed ones, of which a small file holds many GB.
+                if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                    raise InputError(f"{path}: refused; it declares more data than it holds")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's guesses about damaged files; the error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a checkpoint (.pth)") from None
     except IsADirectoryError:
@@ -333,13 +480,20 @@ def load_weights(path):
     """
     state = load_checkpoint(path)
     items = state.items() if isinstance(state, dict) else ()
-    kinds = {(type(name), isinstance(value, torch.Tensor)) for name, value in items}
-    if kinds != {(str, True)}:
-        raise InputError(f"{path}: expected a state dict (names and tensors)")
+    if not items or not all(isinstance(name, str) and is_plain(value) for name, value in items):
+        raise InputError(f"{path}: expected a state dict (names and tensors of floating-point numbers)")
     broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:
         raise InputError(f"{path}: NaN or infinite weights in {broken[0]}")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def is_plain(value):
+    """Whether ``value`` is a tensor of floating-point numbers that are all in memory, none shown twice by strides."""
+    return (
+        isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+        and value.is_floating_point() and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def read_options(folder):

@@ -18,6 +18,7 @@ from DerainDataset import (
     PackedPatches, Pair, PReNetPatches, ShuffledBatches, TrainingPatches, find_leaks, find_pairs, pack, packed_path,
     patch_positions, prepare_patches,
 )
+from rain import TrainingRain
 from utils import InputError, read_rgb
 
 # Finding pairs: the folders of DESIGN section 4 as files, and the pairs that must come out, in this order.
@@ -248,7 +249,7 @@ def test_cut_short_file_is_named(pairs_dir, tmp_path, share):
     prepare(pairs_dir, tmp_path / "packed")
     path = packed_path(pairs_dir, tmp_path / "packed")
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(InputError, match="cut short or not an HDF5 file") as caught:
+    with pytest.raises(InputError, match="cut short") as caught:
         prepare(pairs_dir, tmp_path / "packed")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -256,7 +257,7 @@ def test_cut_short_file_is_named(pairs_dir, tmp_path, share):
 def test_foreign_hdf5_file_is_named(tmp_path):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["numbers"] = np.arange(3)
-    with pytest.raises(InputError, match="other.h5: not a file of packed patches"):
+    with pytest.raises(InputError, match="other.h5: .* no file of patches"):
         PackedPatches(tmp_path / "other.h5")
 
 
@@ -453,3 +454,99 @@ def test_the_rainy_folder_is_found_from_inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "set/rainy")
     (pair,), _ = find_pairs(".", ground_truth_required=False)
     assert pair.clean.name == "norain-1.png"
+
+
+# New rain
+
+
+@pytest.fixture
+def clean_dir(tmp_path):
+    for number in (5, 6):
+        save(tmp_path / f"photographs/{number}.jpg", photo(number))
+    return tmp_path / "photographs"
+
+
+def with_new_rain(dataset, *rain):
+    return TrainingPatches(dataset.sources, dataset.augment, dataset.seed, TrainingRain(*rain))
+
+
+@pytest.fixture
+def pairs_and_photographs(pairs_dir, clean_dir, tmp_path):
+    sources = [prepare(folder, tmp_path / "packed", draw_rain=True) for folder in (clean_dir, pairs_dir)]
+    assert [source.clean_only for source in sources] == [True, False]
+    return TrainingPatches(sources, seed=3)
+
+
+@pytest.mark.parametrize("workers, context", [(2, "fork"), (1, "spawn")])
+def test_new_rain_depends_on_seed_epoch_and_index_alone(pairs_and_photographs, workers, context):
+    """In other processes, in another order, or begun in the middle as after --resume: the same patches."""
+    rainy = with_new_rain(pairs_and_photographs, 0.4, "both", 0.4)
+    expected = collect(rainy, 0)
+    for batch, other in zip(expected, collect(rainy, workers, context), strict=True):
+        assert all(torch.equal(tensor, same) for tensor, same in zip(batch, other, strict=True))
+    for epoch, batch in ((1, expected[-1]), (0, expected[0])):
+        for position in (3, 0):
+            item = rainy[epoch, int(batch[2][position])]
+            assert all(torch.equal(item[k], batch[k][position]) for k in (0, 1))
+    first, other_epoch = (torch.stack([rainy[epoch, index][0] for index in range(30)]) for epoch in (0, 1))
+    reseeded = TrainingPatches(rainy.sources, False, 4, rainy.rain)
+    unmirrored = TrainingPatches(rainy.sources, False, 3, rainy.rain)
+    assert not torch.equal(first, other_epoch)
+    assert any(not torch.equal(reseeded[0, index][0], unmirrored[0, index][0]) for index in range(30))
+
+
+def test_new_rain_leaves_the_clean_patches_and_their_mirroring_alone(dataset):
+    dataset = TrainingPatches(dataset.sources[:1], seed=3)
+    wet = with_new_rain(dataset, 1, "heavy")
+    for index in range(18):
+        assert torch.equal(wet[2, index][1], dataset[2, index][1])
+        assert not torch.equal(wet[2, index][0], dataset[2, index][0])
+        assert (wet[2, index][0] >= wet[2, index][1]).all(), "the rain is mirrored with the patch"
+
+
+def test_patches_keep_their_rain_in_the_share_that_is_left(dataset):
+    dataset = TrainingPatches(dataset.sources[:1], seed=3)
+    wet = with_new_rain(dataset, 0.3, "heavy", 0.2)
+    same = [torch.equal(wet[0, index][0], dataset[0, index][0]) for index in range(18)]
+    assert 3 <= sum(same) <= 15
+
+
+def test_mixed_rain_comes_from_pairs_only(pairs_and_photographs):
+    """Photographs get the streaks of the pairs, which here are columns of 90 grey levels, or what is known of them."""
+    wet = with_new_rain(pairs_and_photographs, 0, "both", 1)
+    for index in range(len(wet)):
+        rainy, clean, _ = (255 * np.asarray(part) for part in wet[0, index])
+        added = np.rint(rainy - clean)
+        assert (added >= 0).all() and added.max() <= 90
+        assert (added == 0).all(axis=(0, 1)).any() and (added.max((0, 1)) > 0).any(), "dry columns and wet ones"
+
+
+def test_clean_photographs_need_rain(clean_dir, tmp_path, capsys):
+    with pytest.raises(InputError, match="no rainy/clean pairs.*--rain_synth"):
+        prepare(clean_dir, tmp_path / "packed")
+    patches, held_out = prepare_patches(clean_dir, tmp_path / "packed", 32, 20, hold_out=1, draw_rain=True)
+    assert "2 images without pairs, taken as clean photographs" in capsys.readouterr().out
+    assert len(patches) == 2 * 6 and held_out == []
+    rainy, clean = patches[0]
+    assert np.array_equal(rainy, clean) and np.array_equal(clean, read_rgb(clean_dir / "5.jpg")[:32, :32])
+    wet = TrainingPatches([patches], rain=TrainingRain(0.01, "heavy"))
+    assert all((wet[0, index][0] > wet[0, index][1]).any() for index in range(12))
+    with pytest.raises(InputError, match="--rain_mix: expected a --data_path with rainy/clean pairs"):
+        TrainingPatches([patches], rain=TrainingRain(0.5, "heavy", 0.5))
+
+
+def test_new_rain_leaves_orphans_of_pairs_out(pairs_dir, tmp_path, capsys):
+    (pairs_dir / "norain-2.png").unlink()
+    patches = prepare(pairs_dir, tmp_path / "packed", draw_rain=True)
+    assert list(patches.names) == ["rain-1.png", "rain-3.png"] and not patches.clean_only
+    assert "left out 1 without a partner: rain-2.png" in capsys.readouterr().out
+
+
+def test_mixing_pairs_that_are_not_clean_plus_streaks_is_refused(pairs_dir, tmp_path):
+    for number in (1, 2, 3):
+        data = cv2.imencode(".jpg", cv2.imread(str(pairs_dir / f"rain-{number}.png")))[1]
+        (pairs_dir / f"rain-{number}.png").write_bytes(data)
+    patches = prepare(pairs_dir, tmp_path / "packed")
+    TrainingPatches([patches], rain=TrainingRain(0.5, "heavy"))
+    with pytest.raises(InputError, match="--rain_mix: rain-1.png at row 0, column 0 is not its clean image plus"):
+        TrainingPatches([patches], rain=TrainingRain(mix=0.5))

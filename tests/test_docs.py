@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+import export
 import rain
 import test as test_script
 import train
@@ -41,7 +42,10 @@ def actual(parse_args, monkeypatch):
 
 @pytest.mark.parametrize(
     "heading, script",
-    [("Options of train.py", train), ("Options of test.py", test_script), ("Options of rain.py", rain)],
+    [
+        ("Options of train.py", train), ("Options of test.py", test_script), ("Options of export.py", export),
+        ("Options of rain.py", rain),
+    ],
 )
 def test_option_tables_match_the_parsers(heading, script, monkeypatch):
     assert documented(heading) == actual(script.parse_args, monkeypatch)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import inference
-from inference import FeatureMap, StripRunner, column_sums, dense_kernel, window_sums
+from inference import FeatureMap, StripRunner, column_sums, dense_kernel, self_ensemble, window_sums
 from networks import RESIDUAL_CONVS, SAPNet
 from utils import load_network, luma, psnr, read_rgb, to_image, to_tensor
 
@@ -101,3 +101,17 @@ def test_bfloat16_keeps_the_psnr_of_the_real_sets(shared):
         mean, largest = np.mean(changes), np.abs(changes).max()
         print(f"{name}: bf16 changes PSNR-Y by {mean:+.4f} dB, at most {largest:.4f} dB an image")
         assert abs(mean) < 0.02
+
+
+def test_self_ensemble_averages_what_keeps_rain_upright():
+    """On runners of which the answer is known: a flip is turned back, and each of the four views is seen once."""
+    image = torch.rand(1, 3, 5, 7)
+    assert torch.allclose(self_ensemble(lambda view: 2 * view)(image), 2 * image)
+    views = []
+    self_ensemble(lambda view: views.append(view) or view)(image)
+    expected = (image, image.flip(3), image.flip(2), image.flip(2, 3))
+    assert len(views) == 4 and all(any(torch.equal(view, other) for other in views) for view in expected)
+    corner = torch.zeros(1, 3, 5, 7)
+    corner[..., 0, 0] = 1
+    marked = self_ensemble(lambda view: corner)(image)[0, 0]
+    assert marked[0, 0] == marked[0, -1] == marked[-1, 0] == marked[-1, -1] == 0.25 and marked.sum() == 1

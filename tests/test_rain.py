@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 
-from conftest import contents, photo, save
+import rain_stats
+from conftest import contents, photo, save, with_rain
 from DerainDataset import find_pairs
-from rain import PRESETS, add_rain, streak_layer
+from rain import PRESETS, TrainingRain, add_rain, extract_streaks, fit_streaks, follows_model, streak_layer
 from utils import read_rgb
 
 
@@ -75,7 +76,171 @@ def test_folder_in_use_is_refused(refused, photographs, tmp_path, occupied):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("option", [("--seed", -1), ("--per_image", 0), ("--preset", "hail")])
+@pytest.mark.parametrize(
+    "option", [("--seed", -1), ("--per_image", 0), ("--preset", "hail"), ("--streaks", ".", "--preset", "light")]
+)
 def test_bad_options_are_named(refused, photographs, tmp_path, option):
     refused("rain", "--clean", photographs, "--out", tmp_path / "out", *option, names=[option[0]])
     assert not (tmp_path / "out").exists()
+
+
+# Streaks of real pairs
+
+
+def test_extraction_is_exact_below_saturation():
+    rng = np.random.default_rng(0)
+    clean, streaks = rng.integers(0, 256, (40, 50, 3), np.uint8), rng.integers(0, 120, (40, 50), np.uint8)
+    rainy = add_rain(clean, streaks)
+    found = extract_streaks(rainy, clean)
+    known = rainy.min(2) < 255
+    assert found.dtype == np.uint8 and 0.5 < known.mean() < 1
+    assert np.array_equal(found[known], streaks[known]) and (found <= streaks).all()
+    assert follows_model(rainy, clean)
+    for change in (-1, 1):  # of one channel of one pixel that is neither 0 nor full
+        y, x = np.argwhere((rainy.min(2) > 0) & (rainy.max(2) < 255))[0]
+        other = rainy.copy()
+        other[y, x, 1] = int(other[y, x, 1]) + change
+        assert not follows_model(other, clean)
+    darker = np.maximum(clean, 1) - np.uint8(1)
+    assert not follows_model(darker, clean) and extract_streaks(darker, clean).max() == 0
+
+
+@pytest.mark.parametrize("data_set", ["RainTrainL", "RainTrainH"])
+def test_real_pairs_are_clean_plus_streaks(shared, data_set):
+    for pair in find_pairs(shared / "data/train" / data_set)[0][::4][:6]:
+        rainy, clean = read_rgb(pair.rainy), read_rgb(pair.clean)
+        assert np.array_equal(add_rain(clean, extract_streaks(rainy, clean)), rainy), pair.rainy
+
+
+@pytest.mark.parametrize("size", [(30, 40), (20, 40), (7, 9), (75, 100), (31, 8)])
+def test_streaks_are_cut_tiled_and_mirrored_but_not_resampled(size):
+    streaks = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40)
+    views = set()
+    for seed in range(12):
+        fitted = fit_streaks(streaks, *size, np.random.default_rng(seed))
+        assert fitted.shape == size
+        mirrored = fitted[0, 1] < fitted[0, 0] if fitted[0, 0] % 40 not in (0, 39) else fitted[0, 2] < fitted[0, 1]
+        plain = fitted[:, ::-1] if mirrored else fitted
+        rows, columns = (plain[0, 0] // 40 + np.arange(size[0])) % 30, (plain[0, 0] % 40 + np.arange(size[1])) % 40
+        assert np.array_equal(plain, rows[:, None] * 40 + columns)
+        views.add((bool(mirrored), int(plain[0, 0])))
+    assert {mirrored for mirrored, _ in views} == {False, True}
+    assert len(views) > 2 or size == (30, 40), "cut at random"
+
+
+def test_streaks_of_pairs_fall_on_other_photographs(run, photographs, tmp_path):
+    """Pairs with rain of 90 grey levels; what is written must have just that rain, and the seed decide where."""
+    for number in (1, 2):
+        dark = photo(number, 30, 40) // 2
+        save(tmp_path / f"pairs/norain-{number}.png", dark)
+        save(tmp_path / f"pairs/rain-{number}.png", with_rain(dark, number))
+    options = ("--clean", photographs, "--streaks", tmp_path / "pairs", "--per_image", 2)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = run("rain", *options, "--out", tmp_path / name, "--seed", seed)
+        assert result.status == 0, result
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b and a != c
+    for pair in find_pairs(tmp_path / "a")[0]:
+        rainy, clean = read_rgb(pair.rainy), read_rgb(pair.clean)
+        streaks = extract_streaks(rainy, clean)
+        assert follows_model(rainy, clean) and 0 < (streaks == 90).mean() < 0.5
+        assert set(streaks[rainy.min(2) < 255]) == {0, 90}
+
+
+def test_pairs_that_are_not_clean_plus_streaks_are_named(refused, photographs, tmp_path):
+    coloured = photo(1)
+    coloured[..., 0] //= 2
+    save(tmp_path / "pairs/rain-1.png", photo(1))
+    save(tmp_path / "pairs/norain-1.png", coloured)
+    refused(
+        "rain", "--clean", photographs, "--out", tmp_path / "out", "--streaks", tmp_path / "pairs",
+        names=["--streaks", "rain-1.png", "one grey layer"],
+    )
+    refused("rain", "--clean", photographs, "--out", tmp_path / "out", "--streaks", photographs, names=["--streaks"])
+
+
+# Rain on training patches
+
+
+def rains(rain, clean_only, count=200):
+    """{"own", "donor" or "drawn": how often} of a patch whose own rain is 50 and whose donor's is 70 everywhere."""
+    clean = np.full((16, 16, 3), 100, np.uint8)
+    own, donor = clean + np.uint8(0 if clean_only else 50), (clean + np.uint8(70), clean)
+    found = {"own": 0, "donor": 0, "drawn": 0}
+    for seed in range(count):
+        rainy = rain(own, clean, clean_only, lambda: donor, np.random.default_rng(seed))
+        names = {own[0, 0, 0]: "own", donor[0][0, 0, 0]: "donor"}
+        found[names.get(rainy.min(), "drawn") if rainy.min() == rainy.max() else "drawn"] += 1
+    return found
+
+
+def test_probabilities_of_rain():
+    assert rains(TrainingRain(synth=1, preset="heavy"), False, 20) == {"own": 0, "donor": 0, "drawn": 20}
+    assert rains(TrainingRain(mix=1), False, 20) == {"own": 0, "donor": 20, "drawn": 0}
+    shares = rains(TrainingRain(0.5, "heavy", 0.3), False)
+    assert 75 < shares["drawn"] < 125 and 40 < shares["donor"] < 80 and 20 < shares["own"] < 60, shares
+    # Photographs without rain always get some: all drawn, all mixed, or in the proportion of both.
+    assert rains(TrainingRain(0.1, "heavy"), True, 20) == {"own": 0, "donor": 0, "drawn": 20}
+    assert rains(TrainingRain(mix=0.1), True, 20) == {"own": 0, "donor": 20, "drawn": 0}
+    shares = rains(TrainingRain(0.3, "heavy", 0.1), True)
+    assert shares["own"] == 0 and 125 < shares["drawn"] < 175, shares
+
+
+def test_either_preset_is_drawn():
+    clean = np.zeros((60, 60, 3), np.uint8)
+    means = [
+        TrainingRain(1, "both")(clean, clean, True, None, np.random.default_rng(seed)).mean() for seed in range(40)
+    ]
+    light = sum(mean < PRESETS["light"].mean[1] + 2 for mean in means)
+    assert 8 < light < 32 and max(means) > 40
+
+
+def test_mixed_rain_of_floats_is_that_of_bytes():
+    clean = photo(4)
+    rainy = with_rain(clean)
+    rain, rng = TrainingRain(mix=1), np.random.default_rng
+    expected = rain(clean, clean, True, lambda: (rainy, clean), rng(0))
+    floats = [image.astype(np.float32) / 255 for image in (clean, rainy)]
+    assert np.array_equal(rain(floats[0], floats[0], True, lambda: floats[::-1], rng(0)), expected)
+    assert np.array_equal(expected, rainy)
+
+
+# Against real rain
+
+
+@pytest.mark.parametrize("angle", [-20, 0, 12])
+def test_angle_and_coherence_of_parallel_streaks(angle):
+    """Stripes that lean like / where the angle is positive."""
+    y, x = np.mgrid[:120, :120]
+    across = x * np.cos(np.radians(angle)) + y * np.sin(np.radians(angle))
+    stripes = 100 + 90 * np.sin(across / 3)
+    found, coherence = rain_stats.streak_angle(stripes)
+    assert found == pytest.approx(angle, abs=1) and coherence > 0.97
+    _, coherence = rain_stats.streak_angle(np.random.default_rng(0).integers(0, 255, (120, 120)))
+    assert coherence < 0.1
+
+
+def test_comparison_is_written(run, pairs_dir, tmp_path):
+    result = run("rain_stats", "--data_path", pairs_dir, "--output", tmp_path / "out/rain")
+    assert result.status == 0, result
+    table = (tmp_path / "out/rain.md").read_text()
+    assert [line.split(" | ")[1] for line in table.splitlines()[-3:]] == ["real", *PRESETS]
+    means = [extract_streaks(*map(read_rgb, pair)).mean() for pair in find_pairs(pairs_dir)[0]]
+    assert f"| pairs | real | 3 | {np.mean(means):.1f} (" in table and f"--output {tmp_path / 'out/rain'}" in table
+    assert read_rgb(tmp_path / "out/rain.jpg").shape[1] == rain_stats.WIDTH
+
+
+@pytest.mark.parametrize("preset, data_set", [("light", "RainTrainL"), ("heavy", "RainTrainH")])
+def test_presets_look_like_the_real_sets(shared, preset, data_set):
+    """Mean and deviation of S, angle, coherence, PSNR and SSIM, of 18 layers on the backgrounds of real pairs."""
+    pairs = find_pairs(shared / "data/train" / data_set)[0]
+    real, drawn = [], []
+    for number, pair in enumerate(pairs[:: len(pairs) // 18][:18]):
+        rainy, clean = read_rgb(pair.rainy)[:240, :240], read_rgb(pair.clean)[:240, :240]
+        streaks = streak_layer(240, 240, preset, np.random.default_rng(number))
+        real.append(rain_stats.describe(rainy, clean))
+        drawn.append(rain_stats.describe(add_rain(clean, streaks), clean))
+    real, drawn = np.abs(real), np.abs(drawn)
+    # Half the real spread between 10th and 90th percentile is how far the averages may lie apart.
+    low, high = np.percentile(real, (10, 90), axis=0)
+    assert (np.abs(np.median(drawn, 0) - np.median(real, 0)) < (high - low) / 2).all(), (drawn.mean(0), real.mean(0))

@@ -207,6 +207,111 @@ def test_overwriting_an_input_is_refused(refused, checkpoint, tmp_path, layout):
     assert contents(tmp_path / "in") == before
 
 
+def test_self_ensemble_from_the_command_line(test_run, tmp_path, checkpoint):
+    image = photo(1, 20, 24)
+    save(tmp_path / "in/a.png", image)
+    output, _ = test_run(tmp_path / "in", "--self_ensemble")
+    net, rainy = load_network(checkpoint), torch.from_numpy(np.float32(image) / 255).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        views = [net(rainy.flip(dims)).flip(dims) for dims in ((), (2,), (3,), (2, 3))]
+    expected = 255 * torch.stack(views).mean(0)[0].clamp(0, 1).permute(1, 2, 0).numpy()
+    assert np.abs(read_image(output / "a.png") - expected).max() < 1
+
+
+# Images, folders and what is there already
+
+
+@pytest.mark.parametrize("name", ["Straße.JPG", "雨.png", "a b.TIFF"])
+def test_one_image(test_run, tmp_path, checkpoint, name):
+    image = photo(1, 20, 24)
+    save(tmp_path / "in" / name, image)
+    save(tmp_path / "in/other.png", image)
+    output, _ = test_run(tmp_path / "in" / name)
+    stem = name.split(".")[0]
+    assert set(contents(output)) == {f"{stem}.png", "metrics.csv"}
+    expected = restored(load_network(checkpoint), read_image(tmp_path / "in" / name))
+    assert np.abs(read_image(output / f"{stem}.png") - expected).max() <= 1
+
+
+def test_recursive_mirrors_the_folders(test_run, tmp_path):
+    names = ("a.png", "x/a.png", "x/y/a.jpg", "x/y/a.png", "z/rain-1.png", "z/norain-1.png")
+    for number, name in enumerate(names):
+        save(tmp_path / "in" / name, photo(number, 12 + number, 14))
+    (tmp_path / "in/x/notes.txt").write_text("no image")
+    output, result = test_run(tmp_path / "in", "--recursive")
+    written = {"a.png", "x/a.png", "x/y/a.jpg.png", "x/y/a.png.png", "z/rain-1.png", "z/norain-1.png", "metrics.csv"}
+    assert set(contents(output)) == written
+    for number, name in enumerate(names):
+        twice = name.startswith("x/y/")
+        assert read_image(output / (f"{name}.png" if twice else name)).shape == (12 + number, 14, 3)
+    assert "dB" not in result.out, "all of them are taken as real rain"
+    _, result = test_run(tmp_path / "in")
+    assert "1 images in" in result.out, "only on request"
+
+
+def test_recursive_follows_links_once_and_leaves_its_own_results_out(test_run, tmp_path):
+    save(tmp_path / "in/a.png", photo(1, 12, 12))
+    save(tmp_path / "elsewhere/b.png", photo(2, 12, 12))
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "in")
+    (tmp_path / "results").symlink_to(tmp_path / "in/results")
+    (tmp_path / "in/results").mkdir()
+    for _ in range(2):
+        output, result = test_run(tmp_path / "in", "--recursive")
+        assert set(contents(tmp_path / "in/results")) == {"a.png", "linked/b.png", "metrics.csv"}
+        assert "2 images in" in result.out
+
+
+def test_recursive_without_images_is_refused(refused, checkpoint, tmp_path):
+    (tmp_path / "in/x").mkdir(parents=True)
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--recursive",
+        names=["--test_data_path", tmp_path / "in"],
+    )
+
+
+def test_a_long_folder_is_gone_on_with(test_run, rain100):
+    """What is there is measured and not derained again; what is not is derained."""
+    output, _ = test_run(rain100)
+    before, rows = contents(output), read_csv(output / "metrics.csv")
+    (output / "rain-4.png").unlink()
+    kept = [f"rain-{number}.png" for number in range(1, 13) if number != 4]
+    times = [(output / name).stat().st_mtime_ns for name in kept]
+    output, result = test_run(rain100, "--overwrite", False)
+    assert {name: data for name, data in contents(output).items() if name != "metrics.csv"} == {
+        name: data for name, data in before.items() if name != "metrics.csv"
+    }
+    assert [(output / name).stat().st_mtime_ns for name in kept] == times
+    assert result.out.count("was there") == 11
+    after = read_csv(output / "metrics.csv")
+    for name in ("image", "psnr_y", "ssim_rgb"):
+        assert [row[name] for row in after] == [row[name] for row in rows]
+    assert [row["image"] for row in after if row["seconds"]] == ["rain-4.png", "average of 12"]
+    output, result = test_run(rain100, "--overwrite", False)
+    assert result.out.count("was there") == 13 and read_csv(output / "metrics.csv")[-1]["seconds"] == ""
+
+
+def test_a_result_of_another_image_is_not_measured(test_run, rain100):
+    output, _ = test_run(rain100)
+    save(output / "rain-4.png", photo(1, 9, 9))
+    output, result = test_run(rain100, "--overwrite", False, status=1)
+    assert "rain-4.png" in result.err and "remove it" in result.out
+    output, _ = test_run(rain100)
+    assert read_image(output / "rain-4.png").shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize("victim", ["contact_sheet.jpg", "comparison/a.jpg"])
+def test_panels_do_not_overwrite_an_input(refused, checkpoint, tmp_path, victim):
+    save(tmp_path / "in/a.bmp", photo(1, 12, 12))
+    save(tmp_path / "in" / victim, photo(2, 12, 12))
+    before = contents(tmp_path / "in")
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "in",
+        "--recursive", "--comparison", names=["--output_path"],
+    )
+    assert contents(tmp_path / "in") == before
+
+
 # Which network
 
 

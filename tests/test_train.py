@@ -423,3 +423,50 @@ def test_resuming_a_run_that_has_all_its_steps_changes_nothing(train_run):
     after = contents(folder)
     changed = {name for name in after if before.get(name) != after[name]}
     assert changed <= {"args.json"}, changed
+
+
+# New rain
+
+
+def test_a_folder_of_clean_photographs_trains(train_run, tmp_path):
+    for number in (1, 2, 3):
+        save(tmp_path / f"photographs/{number}.jpg", photo(number))
+    folder, result = train_run("run", "--rain_synth", "heavy", 1, data_path=tmp_path / "photographs", max_steps=2)
+    line = records(folder)[-1]
+    assert line["step"] == 2 and line["psnr"] < 30, "no network can tell drawn rain from nothing"
+    assert "3 images without pairs" in result.out
+    assert json.loads((folder / "args.json").read_text())["rain_synth"] == ["heavy", 1]
+
+
+def test_new_rain_resumes_exactly(train_run):
+    rain = ["--rain_synth", "both", "0.4", "--rain_mix", "0.4"]
+    whole, _ = train_run("whole", *rain)
+    plain, _ = train_run("plain")
+    train_run("cut", *rain, max_steps=6)
+    cut, result = train_run("cut", *rain, "--resume", num_workers=1)
+    assert_same_run(cut, whole)
+    assert "--rain" not in result.out
+    assert records(plain)[0]["loss"] != records(whole)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "rain",
+    [
+        ("--rain_synth", "hail", 0.5), ("--rain_synth", "heavy", 1.01), ("--rain_synth", "heavy", -0.1),
+        ("--rain_synth", "heavy", "nan"), ("--rain_synth", "heavy", "often"), ("--rain_synth", "heavy"),
+        ("--rain_mix", -0.1), ("--rain_mix", 1.1), ("--rain_mix", "nan"),
+        ("--rain_mix", 0.6, "--rain_synth", "heavy", 0.5),
+    ],
+)
+def test_bad_shares_of_rain_are_named(refused, pairs_dir, tmp_path, rain):
+    refused("train", *options(pairs_dir, tmp_path / "run", *rain), names=[rain[0]])
+    assert not (tmp_path / "run").exists()
+
+
+def test_holding_out_of_clean_photographs_says_what_to_do(refused, tmp_path):
+    save(tmp_path / "photographs/1.jpg", photo(1))
+    rain = ("--rain_synth", "heavy", 1)
+    refused(
+        "train", *options(tmp_path / "photographs", tmp_path / "run", *rain, val_pairs=1),
+        names=["--val_pairs", "rain.py", "--val_path"],
+    )

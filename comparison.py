@@ -1,0 +1,103 @@
+"""Labelled pictures that compare rainy, derained and clean images.
+
+    python test.py --comparison --test_data_path datasets/test/RainSample --output_path results/RainSample
+
+writes one panel an image and a contact sheet of all of them to the folder comparison/ of --output_path.
+"""
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 640  # px, the longer side of a panel's images; larger ones are shrunk
+THUMBNAIL = 160  # px, likewise on the contact sheet
+COLUMNS = 4  # of the contact sheet
+MAX_THUMBNAILS = 200  # images on it; of more, evenly spaced ones
+GAP = 6  # px
+ERROR_SCALE = 5  # an error of 51 grey levels is the brightest
+
+
+def shrink(image, side):
+    """An (H, W, 3) uint8 image, shrunk until its longer side is ``side`` px or less."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def error_map(derained, clean):
+    """The mean absolute error over the channels, ``ERROR_SCALE`` times, in colours: (H, W, 3) uint8."""
+    error = cv2.absdiff(derained, clean).mean(2) * ERROR_SCALE
+    colours = cv2.applyColorMap(np.minimum(error, 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    return cv2.cvtColor(colours, cv2.COLOR_BGR2RGB)
+
+
+def fit(text, font, width):
+    """The text, cut in the middle where it is wider than ``width`` px."""
+    cut = text
+    keep = len(text)
+    while font.getlength(cut) > width and keep > 2:
+        keep -= 1
+        cut = f"{text[: keep // 2]}...{text[len(text) - (keep + 1) // 2 :]}"
+    return cut
+
+
+def tile_row(images, labels, caption=None):
+    """Images of one size side by side, each under its label, with a caption below: (H, W, 3) uint8."""
+    height, width = images[0].shape[:2]
+    font = ImageFont.load_default(max(10, min(18, width // 12)))
+    line = font.size + GAP
+    column = max(width, 60)  # narrow images leave room for their label
+    sheet = Image.new(
+        "RGB", (len(images) * (column + GAP) - GAP, line + height + (line if caption else 0)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for k, (image, label) in enumerate(zip(images, labels)):
+        left = k * (column + GAP)
+        draw.text((left + column // 2, line // 2), fit(label, font, column), "black", font, anchor="mm")
+        sheet.paste(Image.fromarray(image), (left + (column - width) // 2, line))
+    if caption:
+        caption = fit(caption, font, sheet.width)
+        draw.text((sheet.width // 2, line + height + line // 2), caption, "black", font, anchor="mm")
+    return np.asarray(sheet)
+
+
+def panel(name, rainy, derained, clean=None, scores=None):
+    """One image before and after, with the truth and the error where it is known.
+
+    Args:
+        name: of the image, for the caption.
+        rainy, derained, clean: (H, W, 3) uint8 of equal shape; ``clean`` may be None.
+        scores: {"rainy", "derained"}: ``utils.measure`` of each, where there is a clean image.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    images, labels, caption = [rainy, derained], ["rainy", "derained"], name
+    if clean is not None:
+        images += [clean, error_map(derained, clean)]
+        labels += ["clean", f"error x {ERROR_SCALE}"]
+        figures = (f"{key} {score['psnr_y']:.2f} dB / {score['ssim_y']:.4f}" for key, score in scores.items())
+        caption = f"{name}: PSNR / SSIM on Y, {', '.join(figures)}"
+    return tile_row([shrink(image, TILE) for image in images], labels, caption)
+
+
+def thumbnail(name, rainy, derained):
+    """An entry of the contact sheet: (H, W, 3) uint8."""
+    return tile_row([shrink(image, THUMBNAIL) for image in (rainy, derained)], ["rainy", "derained"], name)
+
+
+def contact_sheet(thumbnails):
+    """Thumbnails in rows of ``COLUMNS``: (H, W, 3) uint8."""
+    rows = [thumbnails[start : start + COLUMNS] for start in range(0, len(thumbnails), COLUMNS)]
+    column = max(image.shape[1] for image in thumbnails) + 2 * GAP
+    heights = [max(image.shape[0] for image in row) + 2 * GAP for row in rows]
+    sheet = np.full((sum(heights), column * len(rows[0]), 3), 255, np.uint8)
+    top = GAP
+    for row, height in zip(rows, heights):
+        for k, image in enumerate(row):
+            left = k * column + (column - image.shape[1]) // 2
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+        top += height
+    return sheet

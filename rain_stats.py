@@ -1,0 +1,151 @@
+"""Compare drawn rain with that of real pairs, in a table and a picture.
+
+    python rain_stats.py --data_path datasets/train/RainTrainL datasets/train/RainTrainH --output results/rain
+
+writes rain.md and rain.jpg. Each preset is drawn on the clean images of each set, and all layers S are taken from the
+rainy images in the same way (rain.extract_streaks), so that full pixels count alike. The picture shows statistics and
+drawn layers, and nothing of the sets.
+"""
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from skimage.feature import structure_tensor
+
+from DerainDataset import find_pairs
+from rain import PRESETS, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
+from utils import at_least, atomic_write, measure, progress, read_rgb, run_script, write_text
+
+COLUMNS = ("mean S", "std of S", "angle, degrees", "coherence", "PSNR-Y, dB", "SSIM-Y")
+REAL_COLOUR, DRAWN_COLOUR = (20, 60, 150), (225, 120, 20)
+WIDTH, CHART, MARGIN = 1200, 325, 60  # px
+
+
+def streak_angle(streaks):
+    """Angle from the vertical in degrees (/ is positive) and coherence of a layer, from its mean structure tensor.
+
+    The coherence (a - b) / (a + b) of the eigenvalues a >= b is 1 where all edges are parallel, 0 where none are.
+    """
+    down, mixed, across = (part.mean() for part in structure_tensor(streaks.astype(np.float32), 0.7, "nearest"))
+    angle = 0.5 * np.arctan2(2 * mixed, across - down)
+    return np.degrees(angle), np.hypot(across - down, 2 * mixed) / max(across + down, 1e-9)
+
+
+def describe(rainy, clean):
+    """The figures of ``COLUMNS`` for a rainy image that is clean + S."""
+    streaks = extract_streaks(rainy, clean)
+    scores = measure(rainy, clean)
+    return streaks.mean(), streaks.std(), *streak_angle(streaks), scores["psnr_y"], scores["ssim_y"]
+
+
+def describe_set(folder, seed):
+    """{"real" or preset: (pairs, 6) array of ``describe``} for a folder of pairs."""
+    figures = {"real": [], **{name: [] for name in PRESETS}}
+    for number, pair in enumerate(progress(find_pairs(folder)[0], Path(folder).name)):
+        clean = read_rgb(pair.clean)
+        figures["real"].append(describe(add_rain(clean, read_streaks(pair)), clean))
+        for k, name in enumerate(PRESETS):
+            rng = np.random.default_rng((seed, number, k))
+            figures[name].append(describe(add_rain(clean, streak_layer(*clean.shape[:2], name, rng)), clean))
+    return {name: np.array(rows) for name, rows in figures.items()}
+
+
+def table_row(folder, name, rows):
+    """A line of the table: means over the images, and the 10th and 90th percentile."""
+    rows = rows.copy()
+    rows[:, 2] = np.abs(rows[:, 2])
+    middles = rows.mean(0)
+    middles[2] = np.median(rows[:, 2])
+    low, high = np.percentile(rows, (10, 90), axis=0)
+    cells = []
+    for middle, a, b, digits in zip(middles, low, high, (1, 1, 1, 3, 1, 3)):
+        cells.append(f"{middle:.{digits}f} ({a:.{digits}f} to {b:.{digits}f})")
+    return f"| {Path(folder).name} | {name} | {len(rows)} | " + " | ".join(cells) + " |"
+
+
+def draw_chart(draw, corner, groups, columns, font):
+    """Scatter two columns of the (colour, rows) in ``groups`` against each other in a square of ``CHART`` px."""
+    left, top = corner
+    values = [rows[:, columns] for _, rows in groups]
+    low, high = np.min([value.min(0) for value in values], 0), np.max([value.max(0) for value in values], 0)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    draw.rectangle((left, top, left + CHART, top + CHART), outline="black")
+    step = [float(f"{span / 3:.0g}") for span in high - low]
+    for x in np.arange(np.ceil(low[0] / step[0]), high[0] / step[0]) * step[0]:
+        across = left + (x - low[0]) / (high[0] - low[0]) * CHART
+        draw.line((across, top + CHART, across, top + CHART + 5), "black")
+        draw.text((across, top + CHART + 8), f"{x:g}", "black", font, anchor="mt")
+    for y in np.arange(np.ceil(low[1] / step[1]), high[1] / step[1]) * step[1]:
+        down = top + (high[1] - y) / (high[1] - low[1]) * CHART
+        draw.line((left - 5, down, left, down), "black")
+        draw.text((left - 8, down), f"{y:g}", "black", font, anchor="rm")
+    draw.text((left + CHART / 2, top + CHART + 26), COLUMNS[columns[0]], "black", font, anchor="mt")
+    draw.text((left, top - 6), COLUMNS[columns[1]], "black", font, anchor="lb")
+    for (colour, _), points in zip(groups, values):
+        for x, y in (left, top + CHART) + (points - low) / (high - low) * (CHART, -CHART):
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour, width=2)
+
+
+def draw_picture(sets, seed):
+    """Charts of each set beside the preset nearest to it, above layers of that preset on a photograph: (H, W, 3) uint8.
+
+    Args:
+        sets: {folder: ``describe_set``}.
+        seed: of the layers.
+    """
+    side = (WIDTH - 5 * 12) // 4
+    photograph = sample_photograph("astronaut")[:side, :side]
+    height = CHART + 2 * MARGIN + side + 12
+    sheet = Image.new("RGB", (WIDTH, len(sets) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for number, (folder, figures) in enumerate(sets.items()):
+        top = number * height + MARGIN
+        real = figures["real"]
+        nearest = min(PRESETS, key=lambda name: abs(figures[name][:, 0].mean() - real[:, 0].mean()))
+        groups = ((DRAWN_COLOUR, figures[nearest]), (REAL_COLOUR, real))
+        for k, columns in enumerate(([0, 1], [2, 3], [4, 5])):
+            draw_chart(draw, (MARGIN + k * (CHART + MARGIN - 5), top), groups, columns, font)
+        draw.text((WIDTH - 12, top - 50), f"{Path(folder).name}", REAL_COLOUR, font, anchor="rt")
+        draw.text((WIDTH - 12, top - 28), f"drawn, {nearest}", DRAWN_COLOUR, font, anchor="rt")
+        for k in range(4):
+            rng = np.random.default_rng((seed, number, k, 9))
+            rainy = add_rain(photograph, streak_layer(side, side, nearest, rng))
+            sheet.paste(Image.fromarray(rainy), (12 + k * (side + 12), top + CHART + MARGIN))
+    return np.asarray(sheet)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", nargs="+", required=True, metavar="DIR", help="folders of rainy/clean pairs")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the drawn rain (default: 0)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/rain"), metavar="STEM",
+        help="where to write STEM.md and STEM.jpg (default: results/rain)",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    sets = {folder: describe_set(folder, args.seed) for folder in args.data_path}
+    lines = [
+        "# Drawn rain against real rain", "",
+        "Means over the images and, in brackets, the 10th and 90th percentile; of the angle from the vertical, the",
+        "median of its amount. The presets were drawn on the clean images of each set.", "",
+        f"Command: `python rain_stats.py {shlex.join(sys.argv[1:])}`", "",
+        "| set | rain | images | " + " | ".join(COLUMNS) + " |", "| --- " * (3 + len(COLUMNS)) + "|",
+    ]
+    lines += [table_row(folder, name, rows) for folder, figures in sets.items() for name, rows in figures.items()]
+    print(*lines[-3 * len(sets) - 2 :], sep="\n")
+    write_text(args.output.with_suffix(".md"), "\n".join(lines) + "\n")
+    ok, data = cv2.imencode(".jpg", draw_picture(sets, args.seed)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 65])
+    with atomic_write(args.output.with_suffix(".jpg")) as temporary:
+        temporary.write_bytes(data)
+
+
+if __name__ == "__main__":
+    run_script(main)

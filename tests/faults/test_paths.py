@@ -1,0 +1,111 @@
+"""Names that are hard on a program: each is read and written, and nothing is written outside --output_path."""
+import csv
+import os
+
+import pytest
+
+import utils
+from conftest import contents, photo, save, with_rain
+from test_train import options
+
+STEMS = (
+    "new\nline", "tab\tand \r", "single ' double \" back `", "back\\slash", "\U0001f327\ufe0f \u96e8", "e\u0301 \xe9",
+    "-rf", "--output_path", "..", "...", ".hidden", "~", "$HOME", "%s %d {0} {}", "*?[a]", "a;b|c&d", " ", "CON",
+    "x.png", "C:\\", "\x1b[31mred", "\u202egnp", "#", "x" * 251, "\U0001f327" * 62 + "abc", os.fsdecode(b"\xff"),
+)
+
+
+def hard_names(folder):
+    """A small image under each name; {stem: path}."""
+    paths = {}
+    for number, stem in enumerate(STEMS):
+        path = folder / f"{stem}.png"
+        assert len(os.fsencode(path.name)) <= 255
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(save(folder.parent / "plain.png", photo(number, 12, 12)).read_bytes())
+        paths[stem] = path
+    (folder.parent / "plain.png").unlink()
+    return paths
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_hard_names_are_derained_and_stay_inside(run, checkpoint, tmp_path, recursive):
+    folder = tmp_path / "in"
+    paths = hard_names(folder / "below\n\U0001f327" if recursive else folder)
+    before = contents(tmp_path)
+    arguments = ("--save_path", checkpoint, "--test_data_path", folder, "--output_path", tmp_path / "out")
+    result = run("test", *arguments, *["--recursive"] * recursive)
+    assert result.status == 0, result
+    after = contents(tmp_path)
+    written = after.keys() - before.keys()
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("out/") for name in written), written
+    assert len(written) == len(paths) + 1 and "out/metrics.csv" in written
+    for stem, path in paths.items():
+        target = tmp_path / "out" / path.relative_to(folder)
+        assert utils.read_rgb(target).shape == (12, 12, 3), stem
+    assert not any(letter in result.out for letter in "\x1b\r\t")
+    with open(tmp_path / "out/metrics.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(paths) + 1
+
+
+def test_hard_names_are_trained_on(run, tmp_path):
+    for number, stem in enumerate(STEMS):
+        for kind, image in (("target", photo(number, 12, 12)), ("input", with_rain(photo(number, 12, 12)))):
+            data = save(tmp_path / "plain.png", image).read_bytes()
+            (tmp_path / "set \n\udcff" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set \n\udcff" / kind / f"{stem}.png").write_bytes(data)
+    chosen = {"patch_size": 11, "stride": 1, "recurrent_iter": 1, "epochs": 1, "val_pairs": 3}
+    result = run("train", *options(tmp_path / "set \n\udcff", tmp_path / "run \n\udcfe", **chosen))
+    assert result.status == 0, result
+    assert f"{4 * (len(STEMS) - 3)} patches" in result.out
+
+
+def test_links_in_circles_end(run, checkpoint, tmp_path):
+    folder = tmp_path / "in"
+    save(folder / "a/b/image.png", photo(1, 12, 12))
+    (folder / "a/b/up").symlink_to(folder)
+    (folder / "a/b/here").symlink_to(".")
+    (folder / "a/other").symlink_to("b")
+    (folder / "self").symlink_to("self")
+    (folder / "self.png").symlink_to("self.png")
+    (folder / "nowhere.png").symlink_to("/nowhere/at all.png")
+    (folder / "folder.png").mkdir()
+    result = run(
+        "test", "--save_path", checkpoint, "--test_data_path", folder, "--output_path", tmp_path / "out", "--recursive"
+    )
+    assert result.status == 1 and "2 of 3 images failed: " in result.err, result
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
+
+
+def test_linked_image_is_written_inside(run, checkpoint, tmp_path):
+    """A link's own name counts, not that of what it leads to, and nothing is written through one."""
+    outside = save(tmp_path / "outside/image.png", photo(1, 12, 12))
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/deep/link.png").symlink_to("../../outside/image.png")
+    (tmp_path / "in/folder").symlink_to("../outside")
+    before = contents(tmp_path)
+    arguments = ("--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out")
+    assert run("test", *arguments, "--recursive").status == 0
+    after = contents(tmp_path)
+    assert after.keys() - before.keys() == {"out/deep/link.png", "out/folder/image.png", "out/metrics.csv"}
+    assert outside.read_bytes() == before["outside/image.png"]
+    (tmp_path / "out/deep/link.png").unlink()
+    (tmp_path / "out/deep/link.png").symlink_to("../../outside/other.png")
+    assert run("test", *arguments, "--recursive").status == 0
+    assert not (tmp_path / "outside/other.png").exists(), "the link is replaced, not followed"
+
+
+def test_names_that_are_no_text_reach_a_console_that_is_strict(tmp_path, checkpoint):
+    from conftest import run_subprocess
+
+    path = save(tmp_path / "in/a.png", photo(1, 12, 12))
+    path.rename(path.with_name("\udcff\U0001f327.png"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    child = run_subprocess(
+        "test.py", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out",
+        env=environment,
+    )
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, (out, err)
+    assert len(os.listdir(tmp_path / "out")) == 2
