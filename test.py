@@ -143,15 +143,15 @@ def derain(runner, image, device):
     return derained, to_image(output)
 
 
-def process(runner, pair, output_path, panel_path, args, device):
-    """Derain one image and write it, and its panel if there is a path for that.
+def process(runner, pair, output_path, device, overwrite=True, panel_path=None):
+    """Derain one image and write it, or take what is there, and its panel if there is a path for that.
 
     Returns:
         (its row of the report: name, metrics where there is ground truth, seconds of the network; its thumbnail for
         the contact sheet, or None).
     """
     image, row = read_image(pair.rainy), {"image": printable(pair.rainy.name)}
-    if output_path.exists() and not args.overwrite:
+    if output_path.exists() and not overwrite:
         derained = read_rgb(output_path)
         if derained.shape[:2] != image.shape[:2]:
             raise InputError(f"{output_path} is not the result of {pair.rainy}, whose size it has not; remove it")
@@ -218,7 +218,7 @@ def derain_images(runner, args, device):
     jobs = list(zip(pairs, outputs, panels if args.comparison else [None] * len(pairs)))
     for number, (pair, output, panel_path) in enumerate(progress(jobs, "deraining")):
         try:
-            row, small = process(runner, pair, output, panel_path, args, device)
+            row, small = process(runner, pair, output, device, args.overwrite, panel_path)
         except InputError as error:
             failures.append(printable(pair.rainy.name))
             tqdm.write(f"error: {printable(error)}")

@@ -6,7 +6,9 @@ Packs the images of --data_path by itself, and writes weights, logs and the resu
 Several GPUs: torchrun --nproc_per_node=N train.py ...
 """
 import argparse
+import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +18,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +117,15 @@ def parse_args(argv=None):
         "--milestone", type=at_least(1), nargs="+", default=[30, 50, 80], metavar="EPOCH",
         help="epochs after which the learning rate is multiplied by 0.2",
     )
+    group.add_argument(
+        "--schedule", choices=("step", "cosine"), default="step",
+        help="step lowers the learning rate at --milestone; cosine at each step, to 0 at the run's end",
+    )
     group.add_argument("--lr", type=at_least(0, float), default=1e-3, help="initial learning rate of Adam")
+    group.add_argument(
+        "--ema", type=float, default=0, metavar="DECAY",
+        help="validate and save an exponential moving average of the weights, for example 0.999; 0: the weights",
+    )
     group.add_argument(
         "--clip_grad", type=at_least(0, float), default=0, metavar="NORM", help="largest gradient norm; 0: no limit"
     )
@@ -145,6 +156,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if any(first >= second for first, second in zip(args.milestone, args.milestone[1:])):
         parser.error(f"argument --milestone: expected ascending epochs, got {' '.join(map(str, args.milestone))}")
+    if not 0 <= args.ema < 1:
+        parser.error(f"argument --ema: expected 0 or more and less than 1, got {args.ema:g}")
     if args.rain_synth:
         preset, text = args.rain_synth
         try:
@@ -159,9 +172,11 @@ def parse_args(argv=None):
     return args
 
 
-def learning_rate(args, epoch):
-    """The rate in ``epoch``, counted from 0."""
-    return args.lr * 0.2 ** sum(epoch >= milestone for milestone in args.milestone)
+def learning_rate(args, position, steps):
+    """The rate of the step that follows ``position``, in a run of ``steps``."""
+    if args.schedule == "cosine":
+        return args.lr * (1 + math.cos(math.pi * position.step / steps)) / 2
+    return args.lr * 0.2 ** sum(position.epoch >= milestone for milestone in args.milestone)
 
 
 class StopSignal:
@@ -242,14 +257,12 @@ def check_finite(value, indices, dataset, what="loss"):
         raise RunError(f"the {what} is {value.item()} on the batch of {names}; the last checkpoint is kept")
 
 
-def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device):
+def train_one_epoch(model, criterion, loader, optimizer, schedule, position, stop, writer, args, device):
     """Train on the rest of the epoch at ``position``, which moves along; return its last batch, None if there was none.
 
-    The batch is (rainy, derained, clean), each (N, 3, P, P), for the logs.
+    ``schedule`` is the learning rate as a function of the position. The batch is (rainy, derained, clean), each
+    (N, 3, P, P), for the logs.
     """
-    rate = learning_rate(args, position.epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     skip = {"segmentation"} if position.epoch < args.seg_start_epoch else set()
     totals, unchecked, images, shown = position.totals, None, None, ""
     loader.batch_sampler.start(position.epoch, position.batch)
@@ -262,6 +275,9 @@ def train_one_epoch(model, criterion, loader, optimizer, position, stop, writer,
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             derained = model(rainy).float()
             loss, terms = criterion(derained, clean, rainy, skip)
+        rate = schedule(position)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if args.clip_grad:
@@ -313,25 +329,35 @@ def validate(net, pairs, device):
     return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
 
 
-def save_state(args, net, optimizer, position):
+@torch.no_grad()
+def update_average(averaged, net, decay, step):
+    """Move ``averaged`` on to the exponential moving average of the weights of ``net`` after ``step`` + 1 steps."""
+    share = 1 - min(decay, (1 + step) / (10 + step))  # more of the new ones early on, or the first would stay too long
+    for average, weight in zip(averaged.parameters(), net.parameters()):
+        average.lerp_(weight, share)
+
+
+def save_state(args, net, averaged, optimizer, position):
     """Write all that an exact resume needs, then net_latest.pth, which a resumed run begins by writing again."""
     totals = {name: float(value) for name, value in position.totals.items()}
     state = {
         "net": net.state_dict(),
+        "averaged": averaged.state_dict(),
         "optimizer": optimizer.state_dict(),
         "position": {**asdict(position), "totals": totals},
         "random": torch.get_rng_state(),
     }
     save_checkpoint(args.save_path / STATE_FILE, state)
-    save_checkpoint(args.save_path / "net_latest.pth", net.state_dict())
+    save_checkpoint(args.save_path / "net_latest.pth", averaged.state_dict())
 
 
-def load_state(args, net, optimizer):
+def load_state(args, net, averaged, optimizer):
     """Restore what ``save_state`` wrote; return the position."""
     path = args.save_path / STATE_FILE
     state = load_checkpoint(path)
     try:
-        net.load_state_dict(state["net"])
+        averaged.load_state_dict(state.get("averaged", state["net"]))
+        net.load_state_dict(state["net"])  # the same object without --ema
         groups = optimizer.state_dict()["param_groups"]  # these follow from the options
         optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         torch.set_rng_state(state["random"])
@@ -344,7 +370,7 @@ def load_state(args, net, optimizer):
             raise ValueError
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
         raise InputError(f"{path}: not the state of a run with these network options; expected the run's own") from None
-    tensors = [*net.parameters(), *(values["exp_avg"] for values in optimizer.state.values())]
+    tensors = [*net.parameters(), *averaged.parameters(), *(values["exp_avg"] for values in optimizer.state.values())]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise InputError(f"{path}: NaN or infinite weights; expected the state of a run that can go on")
     return position
@@ -474,9 +500,9 @@ def build_criterion(args, device):
     return criterion.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
 
-def report_epoch(args, net, position, images, val_pairs, writer, complete, device, seconds):
+def report_epoch(args, net, rate, position, images, val_pairs, writer, complete, device, seconds):
     """Validate and write what an epoch leaves beside the state: its log line, its weights, the best weights."""
-    record = {"epoch": position.epoch + 1, "step": position.step, "learning_rate": learning_rate(args, position.epoch)}
+    record = {"epoch": position.epoch + 1, "step": position.step, "learning_rate": rate}
     record |= {name: float(total) / position.batch for name, total in position.totals.items()}
     record["seconds"] = round(seconds, 1)
     if val_pairs:
@@ -526,16 +552,20 @@ def train(args, device, rank, ranks):
     net = build_network(args, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     criterion = build_criterion(args, device)
+    averaged = copy.deepcopy(net) if args.ema else net
     resumed = (args.save_path / STATE_FILE).exists()
-    position = load_state(args, net, optimizer) if resumed else Position()
+    position = load_state(args, net, averaged, optimizer) if resumed else Position()
+    if args.ema:
+        optimizer.register_step_post_hook(lambda *_: update_average(averaged, net, args.ema, position.step))
 
     batches = len(loader)
     # By the steps of the whole run: resuming must not change the arithmetic.
-    choose_speed(args, device, min(batches * args.epochs, args.max_steps or batches * args.epochs))
+    steps = min(batches * args.epochs, args.max_steps or batches * args.epochs)
+    choose_speed(args, device, steps)
     if rank == 0:
         write_arguments(args)
         if resumed:  # it was killed, perhaps, before it could write these
-            save_checkpoint(args.save_path / "net_latest.pth", net.state_dict())
+            save_checkpoint(args.save_path / "net_latest.pth", averaged.state_dict())
     model = torch.compile(net) if args.compile else net
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -543,22 +573,25 @@ def train(args, device, rank, ranks):
     if args.use_stage1 and finished(args, position):
         print(f"nothing left to do after step {position.step}; a larger --epochs or --max_steps trains on")
         return False
-    stop = StopSignal()
+    schedule, stop = partial(learning_rate, args, steps=steps), StopSignal()
     writer = EventFile(args.save_path, position.step + 1, enabled=rank == 0)
     while True:
         started, images = time.monotonic(), None
         if args.use_stage1:
-            images = train_one_epoch(model, criterion, loader, optimizer, position, stop, writer, args, device)
+            images = train_one_epoch(
+                model, criterion, loader, optimizer, schedule, position, stop, writer, args, device
+            )
         if ranks > 1:
             average_totals(position.totals, ranks, device)
         complete, interrupted = position.batch == batches, stop.agree(device)
         if rank == 0 and (complete or not interrupted):
             seconds = time.monotonic() - started
-            report_epoch(args, net, position, images, val_pairs, writer, complete, device, seconds)
+            rate = schedule(position)
+            report_epoch(args, averaged, rate, position, images, val_pairs, writer, complete, device, seconds)
         if complete:
             position.epoch, position.batch, position.totals = position.epoch + 1, 0, {}
         if rank == 0:
-            save_state(args, net, optimizer, position)
+            save_state(args, net, averaged, optimizer, position)
         if not args.use_stage1 or finished(args, position):
             return False
         if interrupted:

@@ -205,7 +205,8 @@ def atomic_write(path):
     except OSError as error:
         raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def reserve(file, size):

@@ -1,4 +1,5 @@
 """Training runs, tiny but whole: what they write, and that stopping one changes nothing."""
+import copy
 import json
 import os
 import signal
@@ -94,6 +95,54 @@ def test_log_has_a_line_an_epoch(train_run, pairs_dir):
         assert line["loss"] == pytest.approx(line["ssim"]), "the pixel loss is the only term here"
         figures = ("psnr", "val_psnr_y", "val_ssim_y", "val_psnr_rgb", "val_ssim_rgb", "seconds")
         assert all(np.isfinite(line[name]) for name in figures)
+
+
+def test_cosine_lowers_the_rate_at_each_step(train_run, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step",
+        lambda self, *args, **named: rates.append(self.param_groups[0]["lr"]) or step(self, *args, **named),
+    )
+    train_run(lr=0.01, schedule="cosine", max_steps=8)
+    assert rates == pytest.approx([0.005 * (1 + np.cos(np.pi * k / 8)) for k in range(8)])
+
+
+def test_ema_saves_the_average_of_the_weights(train_run, monkeypatch, pairs_dir):
+    """Against the average taken by hand of the weights after each step; validation sees it too."""
+    history, step = [], torch.optim.Adam.step
+
+    def look(self, *args, **named):
+        result = step(self, *args, **named)
+        history.append([weight.detach().clone() for group in self.param_groups for weight in group["params"]])
+        return result
+
+    initial = []
+    build = train.build_network
+    monkeypatch.setattr(torch.optim.Adam, "step", look)
+    monkeypatch.setattr(
+        train, "build_network", lambda *args: initial.append(copy.deepcopy(net := build(*args))) or net
+    )
+    folder, _ = train_run(ema=0.5, max_steps=6, val_path=pairs_dir)
+    expected = [weight.detach() for weight in initial[0].parameters()]
+    for k, weights in enumerate(history):
+        decay = min(0.5, (1 + k) / (10 + k))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights)]
+    saved = [*load_weights(folder / "net_latest.pth").values()]
+    assert len(history) == 6 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(saved, expected, strict=True))
+    assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(saved, history[-1]))
+    assert_same_weights(folder / "net_latest.pth", folder / "net_best.pth")
+
+
+def test_cosine_and_ema_resume_exactly(train_run):
+    flags = {"ema": 0.9, "schedule": "cosine"}
+    whole, _ = train_run("whole", **flags)
+    for cut in (1, STEPS_AN_EPOCH + 2):
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.StopSignal, "agree", lambda *args: calls.append(0) or len(calls) >= cut)
+            train_run(f"cut{cut}", status=130, **flags)
+        folder, _ = train_run(f"cut{cut}", "--resume", **flags)
+        assert_same_run(folder, whole)
 
 
 def test_optimizer_steps_at_the_schedules_rate(train_run, monkeypatch):
