@@ -116,13 +116,17 @@ def name_outputs(pairs, root=None):
 
 
 def check_outputs(paths, inputs, output_path):
-    """Refuse to write over an input."""
+    """Refuse to write over an input, or one result over another."""
     inputs = {os.path.realpath(path) for path in inputs}  # unlike Path.resolve, also of a link to itself
+    written = set()
     for path in paths:
         if os.path.realpath(path) in inputs:
             raise InputError(
                 f"--output_path {output_path}: {path.name} would overwrite an input; expected another folder"
             )
+        if path in written:
+            raise InputError(f"--output_path {output_path}: two results would be {path.name}; expected other names")
+        written.add(path)
 
 
 # Images

@@ -167,6 +167,17 @@ def test_same_stem_twice_gives_two_files(test_run, tmp_path):
     assert cv2.imread(str(output / "a.jpg.png")).shape == (12, 14, 3)
 
 
+def test_two_results_of_one_name_are_refused(refused, checkpoint, tmp_path):
+    for name in ("a.png", "a.jpg", "a.png.bmp"):
+        save(tmp_path / "in" / name, photo(1, 12, 12))
+    output = tmp_path / "out"
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", output,
+        names=["--output_path", "a.png.png"],
+    )
+    assert not output.exists()
+
+
 def test_input_without_ground_truth_among_pairs_is_derained_and_named(test_run, rain100):
     (rain100 / "norain-5.png").unlink()
     output, result = test_run(rain100)
