@@ -105,7 +105,8 @@ def video_seconds(path):
 def derain_video(source, output, derain):
     """Derain a video into an MP4 file (MPEG-4), which appears when it is complete, or when Ctrl-C ends it early.
 
-    A frame that cannot be read is replaced by the one before, so that sound and picture stay together.
+    A frame that cannot be read is replaced by the one before, or the first that can, so that sound and picture stay
+    together.
 
     Args:
         source: a video that OpenCV reads.
@@ -139,18 +140,23 @@ def derain_video(source, output, derain):
                     derained = derain(frame)
                     row = {"frame": number, "seconds": time.perf_counter() - started}
                     rows.append(row | flicker.add(frame, derained))
-                if writer is None and rows:
+                if not rows:
+                    continue
+                copies = 1
+                if writer is None:
+                    copies = number  # for the frames that were lost before this one
                     height, width = derained.shape[:2]
                     if height % 2 or width % 2:
                         print(f"MPEG-4 takes even sizes: {width}x{height} is cropped by a pixel")
                     code = cv2.VideoWriter.fourcc(*"mp4v")
                     writer = cv2.VideoWriter(str(silent), code, rate, (width // 2 * 2, height // 2 * 2))
-                if writer:
-                    writer.write(cv2.cvtColor(derained[: height // 2 * 2, : width // 2 * 2], cv2.COLOR_RGB2BGR))
+                picture = cv2.cvtColor(derained[: height // 2 * 2, : width // 2 * 2], cv2.COLOR_RGB2BGR)
+                for _ in range(copies):
+                    writer.write(picture)
         except KeyboardInterrupt:
             interrupted = True
         capture.release()
-        if not rows:
+        if writer is None:
             if interrupted:
                 raise KeyboardInterrupt
             raise InputError(f"--test_data_path {printable(source)}: no frame of this video can be read")

@@ -140,6 +140,17 @@ def test_lost_frames_are_replaced_and_reported(derain_clip, no_ffmpeg, tmp_path)
     assert len(frames_of(output / "clip.mp4")) == 40, "sound and picture stay together"
 
 
+def test_frames_lost_at_the_start_are_replaced_by_the_first(derain_clip, no_ffmpeg, tmp_path, monkeypatch):
+    source = make_clip(tmp_path / "in/clip.mp4", frames=5, pan=5)
+    monkeypatch.setattr(video, "read_frames", lambda capture: iter([None, None, *read_frames(capture)]))
+    output, result = derain_clip(source, status=1)
+    assert "2 frames could not be read, the first of them number 1" in result.err
+    frames = frames_of(output / "clip.mp4")
+    assert len(frames) == 7
+    changes = [np.abs(b.astype(int) - a).mean() for a, b in zip(frames, frames[1:])]
+    assert max(changes[:2]) < min(changes[2:])
+
+
 def test_a_clip_cut_short_is_derained_and_reported(derain_clip, no_ffmpeg, tmp_path):
     source = make_clip(tmp_path / "in/clip.avi", frames=90, code="MJPG")
     source.write_bytes(source.read_bytes()[: source.stat().st_size // 3])
