@@ -173,6 +173,7 @@ def test_ctrl_c_leaves_a_playable_file(checkpoint, tmp_path):
     process = run_subprocess(
         "test.py", "--save_path", checkpoint, "--test_data_path", source, "--output_path", tmp_path / "out",
         "--device", "cpu",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     )
     while process.poll() is None and not list((tmp_path / "out").glob(".video-*/silent.mp4")):
         time.sleep(0.1)
