@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rain import SAMPLE_PHOTOGRAPHS, add_rain, sample_photograph, streak_layer
-from utils import InputError, RunError, add_flag, at_least, atomic_write, load_network, psnr, run_script, to_tensor
+from utils import InputError, RunError, add_network_options, atomic_write, load_network, psnr, run_script, to_tensor
 
 OPSET = 18
 # What the weights and features are kept in, and the largest difference to PyTorch's float32 that is let through.
@@ -24,20 +24,10 @@ CHECKED_SHAPES = ((2, 33, 47), (1, 128, 96), (1, 7, 5))  # N, H, W: a batch, eve
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--save_path", default="logs/SAPNet/Model11", metavar="PATH",
-        help="a checkpoint, or the folder of a training run (its net_latest.pth) (default: %(default)s)",
-    )
+    add_network_options(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("sapnet.onnx"), metavar="FILE",
         help="the file to write (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--recurrent_iter", type=at_least(1), metavar="N",
-        help="number of stages (default: that of the checkpoint's training run, else 6)",
-    )
-    add_flag(
-        parser, "--use_dilation", None, "dilated residual blocks (default: that of the training run, else published)"
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32",

@@ -18,9 +18,9 @@ from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
 from DerainDataset import Pair, find_pairs, report_orphans
 from inference import StripRunner, self_ensemble
 from utils import (
-    IMAGE_SUFFIXES, InputError, RunError, add_flag, at_least, fast_bfloat16, free_memory, load_network, measure,
-    natural_key, pick_device, printable, progress, read_image, read_rgb, run_script, to_image, to_tensor, to_uint8,
-    write_csv, write_image,
+    IMAGE_SUFFIXES, InputError, RunError, add_flag, add_network_options, at_least, fast_bfloat16, free_memory,
+    load_network, measure, natural_key, pick_device, printable, progress, read_image, read_rgb, run_script, to_image,
+    to_tensor, to_uint8, write_csv, write_image,
 )
 from video import derain_video
 
@@ -30,10 +30,7 @@ METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--save_path", default="logs/SAPNet/Model11", metavar="PATH",
-        help="a checkpoint, or the folder of a training run (its net_latest.pth) (default: %(default)s)",
-    )
+    add_network_options(parser)
     parser.add_argument(
         "--test_data_path", type=Path, default=Path("datasets/test/Rain100H"), metavar="PATH",
         help="an image, a folder of rainy images, with ground truth or without, or a video (default: %(default)s)",
@@ -45,13 +42,6 @@ def parse_args(argv=None):
     )
     add_flag(parser, "--overwrite", True, "derain again what is there already; False goes on with a long folder")
     add_flag(parser, "--comparison", False, "write a labelled panel for each image too, and a contact sheet")
-    parser.add_argument(
-        "--recurrent_iter", type=at_least(1), metavar="N",
-        help="number of stages (default: that of the checkpoint's training run, else 6)",
-    )
-    add_flag(
-        parser, "--use_dilation", None, "dilated residual blocks (default: that of the training run, else published)"
-    )
     add_flag(
         parser, "--self_ensemble", False,
         "average over the image, its mirror image, and both upside down: four times as long",

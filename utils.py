@@ -513,6 +513,21 @@ def read_options(folder):
     return options
 
 
+def add_network_options(parser):
+    """Add the options that are the arguments of ``load_network``."""
+    parser.add_argument(
+        "--save_path", default="logs/SAPNet/Model11", metavar="PATH",
+        help="a checkpoint, or the folder of a training run (its net_latest.pth) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recurrent_iter", type=at_least(1), metavar="N",
+        help="number of stages (default: that of the checkpoint's training run, else 6)",
+    )
+    add_flag(
+        parser, "--use_dilation", None, "dilated residual blocks (default: that of the training run, else published)"
+    )
+
+
 def load_network(save_path, recurrent_iter=None, use_dilation=None):
     """Rebuild a network from its checkpoint, in evaluation mode on the CPU.
 
