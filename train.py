@@ -38,7 +38,7 @@ from rain import PRESETS, TrainingRain
 from utils import (
     InputError, RunError, add_flag, at_least, fast_bfloat16, join_processes, load_checkpoint, load_weights, locked,
     measure, pick_device, progress, read_options, read_rgb, remove_leftovers, run_script, save_checkpoint, to_image,
-    to_tensor, write_text,
+    to_tensor, use_large_pages, write_text,
 )
 
 STATE_FILE = "train_state.pth"
@@ -69,8 +69,8 @@ def parse_args(argv=None):
     group.add_argument("--num_workers", type=at_least(0), default=2, help="loader processes; 0 loads in the main one")
     group.add_argument("--val_path", metavar="DIR", help="folder of pairs to validate on after each epoch")
     group.add_argument(
-        "--val_pairs", type=at_least(0), default=0, metavar="N",
-        help="hold out N pairs of each data folder and validate on them",
+        "--val_pairs", type=at_least(0), nargs="+", default=[0], metavar="N",
+        help="hold out N pairs of each data folder and validate on them; several numbers: one for each folder",
     )
     group.add_argument(
         "--rain_mix", type=at_least(0, float), default=0, metavar="P",
@@ -156,6 +156,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if any(first >= second for first, second in zip(args.milestone, args.milestone[1:])):
         parser.error(f"argument --milestone: expected ascending epochs, got {' '.join(map(str, args.milestone))}")
+    if len(args.val_pairs) not in (1, len(args.data_path)):
+        expected = f"one number, or one for each folder of --data_path ({len(args.data_path)})"
+        parser.error(f"argument --val_pairs: expected {expected}, got {' '.join(map(str, args.val_pairs))}")
     if not 0 <= args.ema < 1:
         parser.error(f"argument --ema: expected 0 or more and less than 1, got {args.ema:g}")
     if args.rain_synth:
@@ -424,16 +427,19 @@ def load_data(args, device, rank, ranks):
     preset, synth = args.rain_synth or ("both", 0)
     rain = TrainingRain(synth, preset, args.rain_mix) if synth or args.rain_mix else None
     sources, val_pairs = [], []
-    for folder in args.data_path:
+    hold_out = args.val_pairs * (len(args.data_path) if len(args.val_pairs) == 1 else 1)
+    for folder, number in zip(args.data_path, hold_out):
         if not Path(folder).is_dir():
             raise InputError(f"--data_path {folder}: no such folder; {DATA_HINT}")
+        if number != hold_out[args.data_path.index(folder)]:
+            raise InputError(f"--val_pairs: expected one number for {folder}, which --data_path names more than once")
         source, held_out = prepare_patches(
-            folder, args.packed_dir, args.patch_size, args.stride, args.preprocess, args.exclude_test, args.val_pairs,
+            folder, args.packed_dir, args.patch_size, args.stride, args.preprocess, args.exclude_test, number,
             draw_rain=rain is not None,
         )
         sources.append(source)
-        val_pairs += held_out
-    if args.val_pairs and not val_pairs:
+        val_pairs += [pair for pair in held_out if pair not in val_pairs]  # a folder may be given twice
+    if any(hold_out) and not val_pairs:
         raise InputError(
             "--val_pairs: clean photographs have no pairs to hold out; make some with python rain.py"
             " --clean OTHER_PHOTOGRAPHS --out DIR, and give --val_path DIR"
@@ -601,6 +607,7 @@ def train(args, device, rank, ranks):
 
 def main():
     args = parse_args()
+    use_large_pages()
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     rank, ranks = join_processes(device)

@@ -80,6 +80,11 @@ def test_window_sums_give_the_mean_of_the_convolution(dilation, size):
     torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_sums_of_a_bfloat16_map_are_rounded_once():
+    rows = torch.ones(1, 2, 1000, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    assert column_sums(rows).equal(torch.full((3, 2), 1000.0))  # a sum in steps of bfloat16 would end at 256
+
+
 def test_equals_the_golden_outputs(shared):
     golden = np.load(shared / "reference" / "golden.npz")
     rainy = torch.from_numpy(golden["rainy"])

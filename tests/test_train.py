@@ -294,6 +294,25 @@ def test_held_out_pairs_are_validated_on(train_run):
     assert "12 patches" in result.out and "1 validation pairs" in result.out
 
 
+def test_pairs_are_held_out_by_folder(run, pairs_dir, tmp_path):
+    folders = pairs_dir, make_pairs(tmp_path / "others"), pairs_dir
+    arguments = options(pairs_dir, tmp_path / "run", epochs=1, max_steps=1)
+    result = run("train", *arguments, "--data_path", *folders, "--val_pairs", 0, 2, 0)
+    assert result.status == 0 and "42 patches" in result.out and "2 validation pairs" in result.out, result
+
+
+def test_a_folder_given_twice_holds_out_the_same_pairs(refused, run, pairs_dir, tmp_path):
+    arguments = *options(pairs_dir, tmp_path / "run", epochs=1, max_steps=1), "--data_path", pairs_dir, pairs_dir
+    result = run("train", *arguments, "--val_pairs", 1)
+    assert result.status == 0 and "24 patches" in result.out and "1 validation pairs" in result.out, result
+    refused("train", *arguments, "--resume", "--val_pairs", 0, 1, names=["--val_pairs", str(pairs_dir)])
+
+
+def test_numbers_of_held_out_pairs_that_fit_no_folders_are_refused(refused, pairs_dir, tmp_path):
+    arguments = options(pairs_dir, tmp_path / "run")
+    refused("train", *arguments, "--val_pairs", 1, 2, names=["--val_pairs", "--data_path (1)", "1 2"])
+
+
 # Stopping and resuming
 
 
