@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
-# Test on Rain100H, then on Rain100L. Extra arguments go to test.py:
+# Test on Rain100H and on Rain100L, each with the bundled model that is best there. Extra arguments go to test.py:
 #
 #     bash main.sh --device cuda
+#     bash main.sh --save_path CHECKPOINT
 #
 # A set that is not under datasets/test is named, and the bundled sample is tested instead.
 set -euo pipefail
 cd "$(dirname "$0")"
 
+derain() {  # SET MODEL [OPTION...]
+    echo "== $1"
+    python test.py --save_path "logs/SAPNet/$2" --test_data_path "datasets/test/$1" --output_path "results/$1/$2" "${@:3}"
+}
+
 sample=false
-for name in Rain100H Rain100L; do
+for pair in Rain100H:Model11 Rain100L:Rain100L; do
+    name=${pair%:*} model=${pair#*:}
     if [ -d "datasets/test/$name" ]; then
-        echo "== $name"
-        python test.py --test_data_path "datasets/test/$name" --output_path "results/$name/Model11" "$@"
+        derain "$name" "$model" "$@"
     else
         echo "datasets/test/$name is not there: README.md, section Data, says where to get it; testing the bundled sample instead"
         sample=true
     fi
 done
 if $sample; then
-    echo "== RainSample"
-    python test.py --test_data_path datasets/test/RainSample --output_path results/RainSample/Model11 "$@"
+    derain RainSample Model11 "$@"
 fi
