@@ -1,4 +1,4 @@
-"""The README says what the scripts do."""
+"""README.md and docs/ say what the scripts do."""
 import re
 
 import pytest
@@ -9,12 +9,12 @@ import test as test_script
 import train
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
-def documented(heading):
-    """{option: default as text} of the option table under a heading of the README."""
-    section = README.split(f"\n### {heading}\n", 1)[1].split("\n#", 1)[0]
+def documented(script):
+    """{option: default as text} of the option table of a script in docs/options.md."""
+    section = PAGES[ROOT / "docs/options.md"].split(f"\n## {script}\n", 1)[1].split("\n#", 1)[0]
     return dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", section, re.MULTILINE))
 
 
@@ -31,7 +31,7 @@ def actual(parse_args, monkeypatch):
         parse_args()
     shown = {}
     for action in parsers[0]._actions:
-        if action.dest == "help":
+        if action.dest == "help" or not action.option_strings:
             continue
         default = "" if action.default is None else action.default
         if isinstance(default, list):
@@ -40,20 +40,15 @@ def actual(parse_args, monkeypatch):
     return shown
 
 
-@pytest.mark.parametrize(
-    "heading, script",
-    [
-        ("Options of train.py", train), ("Options of test.py", test_script), ("Options of export.py", export),
-        ("Options of rain.py", rain),
-    ],
-)
-def test_option_tables_match_the_parsers(heading, script, monkeypatch):
-    assert documented(heading) == actual(script.parse_args, monkeypatch)
+@pytest.mark.parametrize("script", [train, test_script, export, rain])
+def test_option_tables_match_the_parsers(script, monkeypatch):
+    assert documented(f"{script.__name__}.py") == actual(script.parse_args, monkeypatch)
 
 
 def test_commands_name_files_and_options_that_exist(monkeypatch):
-    commands = re.findall(r"^(?:python|torchrun\b.*?) (\w+\.py)(.*)$", README, re.MULTILINE)
-    assert len(commands) >= 6
+    text = "\n".join(PAGES.values())
+    commands = re.findall(r"^(?:python|torchrun\b.*?) (\w+\.py)(.*)$", text, re.MULTILINE)
+    assert len(commands) >= 20
     for script, arguments in commands:
         module = __import__(script.removesuffix(".py"))
         with monkeypatch.context() as patch:
@@ -61,6 +56,7 @@ def test_commands_name_files_and_options_that_exist(monkeypatch):
         assert set(re.findall(r"--\w+", arguments)) <= set(known), script
 
 
-def test_images_and_files_named_in_the_readme_exist():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_images_and_files_named_in_a_page_exist(page):
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", PAGES[page]):
+        assert (page.parent / target).exists(), target

@@ -133,7 +133,7 @@ def test_bad_paths_are_named_before_the_work(refused, checkpoint, tmp_path, monk
 
 
 def test_the_lines_of_the_readme_derain_an_image(run, lively, tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().split("\n## ONNX\n", 1)[1].split("\n## ", 1)[0]
+    section = (ROOT / "docs/images.md").read_text().split("\n## ONNX\n", 1)[1].split("\n## ", 1)[0]
     lines = section.split("```python\n", 1)[1].split("```", 1)[0]
     assert run("export", "--save_path", lively, "--output", tmp_path / "sapnet.onnx").status == 0
     rainy = with_rain(photo(1, 30, 50))
