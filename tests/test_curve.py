@@ -43,4 +43,4 @@ def test_the_picture_is_written_beside_the_log(run, trained):
 
 
 def test_a_folder_without_records_is_named(refused, tmp_path):
-    refused("curve", tmp_path, names=[str(tmp_path), "a run"])
+    refused("curve", tmp_path, names=[str(tmp_path), "training run"])
