@@ -11,14 +11,10 @@ import json
 import struct
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
 from utils import InputError, atomic_write, run_script
-
-matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402
 
 
 def read_records(folder):
@@ -48,7 +44,17 @@ def draw(series, epochs, path):
         series: ``read_records``.
         epochs: the lines of log.jsonl.
         path: of the PNG file.
+
+    Raises:
+        InputError: matplotlib is missing.
     """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib is missing; expected it: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     steps, psnr = map(np.array, zip(*sorted(series["train/psnr"].items())))
     width = max(1, len(psnr) // 20)

@@ -1,5 +1,6 @@
 """The picture of a training run."""
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -44,3 +45,9 @@ def test_the_picture_is_written_beside_the_log(run, trained):
 
 def test_a_folder_without_records_is_named(refused, tmp_path):
     refused("curve", tmp_path, names=[str(tmp_path), "training run"])
+
+
+def test_a_missing_matplotlib_is_named(refused, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused("curve", trained, names=["pip install matplotlib"])
+    assert not (trained / "curve.png").exists()

@@ -22,8 +22,8 @@ def commands(tmp_path):
             (tmp_path / "datasets/test" / name).mkdir(parents=True, exist_ok=True)
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", tmp_path / "main.sh", *arguments], env={**os.environ, "PATH": path}, capture_output=True, text=True,
-            check=True,
+            ["bash", tmp_path / "main.sh", *arguments], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE,
+            text=True, check=True,
         )
         return [line for line in done.stdout.splitlines() if line.startswith("run ")], done.stdout
 
@@ -31,8 +31,8 @@ def commands(tmp_path):
 
 
 def expected(name, model, *arguments):
-    parts = f"--save_path logs/SAPNet/{model} --test_data_path datasets/test/{name} --output_path results/{name}/{model}"
-    return " ".join(("run test.py", parts, *arguments))
+    paths = f"--test_data_path datasets/test/{name} --output_path results/{name}/{model}"
+    return " ".join((f"run test.py --save_path logs/SAPNet/{model}", paths, *arguments))
 
 
 def test_each_set_is_tested_with_its_weights(commands):
