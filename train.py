@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 from DerainDataset import ShuffledBatches, TrainingPatches, check_sizes, find_pairs, prepare_patches, report_orphans
 from inference import StripRunner
 from losses import BACKBONE_WEIGHTS, LPIPS_NETS, PIXEL_LOSSES, SMALLEST_IMAGE, WEIGHTS, DerainLoss
+from muon import Muon, is_dense_kernel
 from networks import RESIDUAL_CONVS, SEG_BACKBONES, SAPNet
 from rain import PRESETS, TrainingRain
 from utils import (
@@ -42,6 +43,7 @@ from utils import (
 )
 
 STATE_FILE = "train_state.pth"
+OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
 DATA_HINT = (
     "README.md, section Data, says where to get the public sets, and this trains on drawn rain instead:"
     " python rain.py --clean scikit-image --out datasets/train/RainSynth --per_image 20"
@@ -121,7 +123,8 @@ def parse_args(argv=None):
         "--schedule", choices=("step", "cosine"), default="step",
         help="step lowers the learning rate at --milestone; cosine at each step, to 0 at the run's end",
     )
-    group.add_argument("--lr", type=at_least(0, float), default=1e-3, help="initial learning rate of Adam")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="muon needs fewer steps")
+    group.add_argument("--lr", type=at_least(0, float), default=1e-3, help="initial learning rate")
     group.add_argument(
         "--ema", type=float, default=0, metavar="DECAY",
         help="validate and save an exponential moving average of the weights, for example 0.999; 0: the weights",
@@ -354,6 +357,11 @@ def save_state(args, net, averaged, optimizer, position):
     save_checkpoint(args.save_path / "net_latest.pth", averaged.state_dict())
 
 
+def average_names(optimizer, parameter):
+    """The averages that one of ``OPTIMIZERS`` keeps of a parameter's gradients."""
+    return ["exp_avg"] if optimizer == "muon" and is_dense_kernel(parameter) else ["exp_avg", "exp_avg_sq"]
+
+
 def load_state(args, net, averaged, optimizer):
     """Restore what ``save_state`` wrote; return the position."""
     path = args.save_path / STATE_FILE
@@ -366,13 +374,16 @@ def load_state(args, net, averaged, optimizer):
         torch.set_rng_state(state["random"])
         position = Position(**state["position"])
         fit = all(
-            values[name].shape == parameter.shape
-            for parameter, values in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")
+            {name: value.shape for name, value in values.items() if name != "step"}
+            == dict.fromkeys(average_names(args.optimizer, parameter), parameter.shape)
+            for parameter, values in optimizer.state.items()
         )
         if not fit or [*map(type, astuple(position))] != [*map(type, astuple(Position()))]:
             raise ValueError
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
-        raise InputError(f"{path}: not the state of a run with these network options; expected the run's own") from None
+        raise InputError(
+            f"{path}: not the state of a run with these network options and --optimizer; expected the run's own"
+        ) from None
     tensors = [*net.parameters(), *averaged.parameters(), *(values["exp_avg"] for values in optimizer.state.values())]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise InputError(f"{path}: NaN or infinite weights; expected the state of a run that can go on")
@@ -556,7 +567,7 @@ def train(args, device, rank, ranks):
     """Run the training that ``args`` describe, as process ``rank`` of ``ranks``; return whether it was interrupted."""
     loader, val_pairs = load_data(args, device, rank, ranks)
     net = build_network(args, device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    optimizer = OPTIMIZERS[args.optimizer](net.parameters(), lr=args.lr)
     criterion = build_criterion(args, device)
     averaged = copy.deepcopy(net) if args.ema else net
     resumed = (args.save_path / STATE_FILE).exists()

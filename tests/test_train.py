@@ -130,8 +130,9 @@ def test_ema_saves_the_average_of_the_weights(train_run, monkeypatch, pairs_dir)
     assert_same_weights(folder / "net_latest.pth", folder / "net_best.pth")
 
 
-def test_cosine_and_ema_resume_exactly(train_run):
-    flags = {"ema": 0.9, "schedule": "cosine"}
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_cosine_and_ema_resume_exactly(train_run, optimizer):
+    flags = {"ema": 0.9, "schedule": "cosine", "optimizer": optimizer}
     whole, _ = train_run("whole", **flags)
     for cut in (1, STEPS_AN_EPOCH + 2):
         calls = []
@@ -420,6 +421,15 @@ def test_resume_with_other_network_options_is_refused_and_changes_nothing(train_
     folder, _ = train_run(epochs=1)
     before = contents(folder)
     refused("train", *options(pairs_dir, folder, "--resume", residual_conv="split"), names=["train_state.pth"])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("first, second", [("adam", "muon"), ("muon", "adam")])
+def test_resume_with_another_optimizer_is_refused_and_changes_nothing(train_run, refused, pairs_dir, first, second):
+    folder, _ = train_run(epochs=1, optimizer=first)
+    before = contents(folder)
+    arguments = options(pairs_dir, folder, "--resume", optimizer=second)
+    refused("train", *arguments, names=["train_state.pth", "--optimizer"])
     assert contents(folder) == before
 
 
