@@ -31,11 +31,11 @@ def strip_rows(width, device):
     """Rows of a strip of an image of this width.
 
     Enough pixels to fill a GPU. On a CPU few pixels, which stay in the cache, and many rows, which share a halo: the
-    best of what was tried at the widths 481, 1920 and 4288 had 48, 24 and 15 rows.
+    best of what was tried at the widths 481, 1920 and 4288 had 48, 16 and 16 rows. A multiple of all dilations.
     """
     if device.type != "cpu":
         return max(1, 2**22 // width)
-    return max(1, round(1000 / math.sqrt(width)), 2**14 // width)
+    return MARGIN * max(1, round(1000 / math.sqrt(width) / MARGIN), 2**10 // width)
 
 
 class FeatureMap:
@@ -123,6 +123,36 @@ def dense_kernel(conv):
         weight[:outputs, :inputs], weight[outputs:, inputs:] = first.weight, second.weight
         return weight, torch.cat((first.bias, second.bias))
     return conv.weight, conv.bias
+
+
+def dilated_conv(rows, weight, bias, dilation):
+    """3x3 convolution (1, C, R + 2 * dilation, W) -> (1, O, R, W), zero-padded on the left and on the right.
+
+    Where rows are wide, oneDNN takes up to six times as long in bfloat16 for taps that are many rows apart. There, the
+    first ``dilation`` rows are taken as one long row, the next as the one below it, and so on: the taps are then one
+    row apart. Only at the edges, which saw the end of another row, is the result computed again.
+    """
+    height, width = rows.shape[2:]
+    wide = dilation > 1 and dilation * width >= 2**13 and rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    if not wide or height % dilation:
+        return F.conv2d(rows, weight, bias, padding=(0, dilation), dilation=dilation)
+
+    def reshape(features, height):
+        return features.permute(0, 2, 3, 1).view(1, height, -1, features.shape[1]).permute(0, 3, 1, 2)
+
+    long = F.conv2d(reshape(rows, height // dilation), weight, bias, padding=(0, dilation), dilation=(1, dilation))
+    output = reshape(long, height - 2 * dilation)
+    edges = torch.cat((rows[..., : 2 * dilation], rows[..., -2 * dilation :]))
+    left, right = F.conv2d(edges, weight, bias, padding=(0, dilation), dilation=dilation)
+    output[..., :dilation], output[..., -dilation:] = left[..., :dilation], right[..., dilation:]
+    return output
+
+
+def relu(features, out):
+    """ReLU, of 16-bit numbers as of integers, which have the same sign bit and take a quarter of the time."""
+    if features.dtype.itemsize == 2:
+        features, out = features.view(torch.int16), out.view(torch.int16)
+    torch.clamp_min(features, 0, out=out)
 
 
 class GatedConv:
@@ -249,14 +279,15 @@ class StripRunner:
         weight, bias = conv.fold(source, columns)
         dilation, columns = conv.dilation, 0
         for start, stop in source.strips():
-            v = F.conv2d(source.rows(start, stop, dilation), weight, bias, padding=(0, dilation), dilation=dilation)
+            v = dilated_conv(source.rows(start, stop, dilation), weight, bias, dilation)
             rows = output.rows(start, stop)
             if residual is None:
-                torch.clamp_min(v, 0, out=rows)
+                relu(v, out=rows)
             else:
-                torch.add(v.relu_(), residual.rows(start, stop), out=rows)
+                relu(v, out=v)
+                torch.add(v, residual.rows(start, stop), out=rows)
                 if residual is not output:  # the hidden state; later residuals are sums of ReLUs
-                    rows.clamp_min_(0)
+                    relu(rows, out=rows)
             columns += column_sums(rows)
         return columns
 

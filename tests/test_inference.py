@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import inference
-from inference import FeatureMap, StripRunner, column_sums, dense_kernel, self_ensemble, window_sums
+from inference import (
+    FeatureMap, StripRunner, column_sums, dense_kernel, dilated_conv, relu, self_ensemble, window_sums,
+)
 from networks import RESIDUAL_CONVS, SAPNet
 from utils import load_network, luma, psnr, read_rgb, to_image, to_tensor
 
@@ -56,6 +58,32 @@ def test_a_temporary_file_instead_of_memory_changes_nothing(tmp_path, monkeypatc
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_half_precision_stays_close(dtype, bound):
     assert 0 < difference(network(), torch.rand(1, 3, 48, 64), dtype) < bound
+
+
+@pytest.mark.parametrize("dilation, width", [(16, 600), (8, 1024), (2, 4096)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 2.5])
+def test_wide_rows_are_convolved_as_the_definition_says(monkeypatch, dilation, width, rows):
+    torch.manual_seed(0)
+    shapes = (1, 4, int((rows + 2) * dilation), width), (6, 4, 3, 3)
+    features, weight = (torch.randn(shape).bfloat16().to(memory_format=torch.channels_last) for shape in shapes)
+    bias = torch.randn(6).bfloat16()
+    expected = F.conv2d(features.float(), weight.float(), bias.float(), padding=(0, dilation), dilation=dilation)
+    used, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **named: used.append(named["dilation"]) or conv2d(*args, **named))
+    result = dilated_conv(features, weight, bias, dilation)
+    assert result.shape == expected.shape and result.is_contiguous(memory_format=torch.channels_last)
+    assert ((result.float() - expected).abs() <= 2**-8 * expected.abs() + 1e-3).all()
+    assert used == ([dilation] if rows == 2.5 else [(1, dilation), dilation]), "not the way that is to be tested"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_relu_of_numbers_of_any_width(dtype):
+    values = torch.tensor([-torch.inf, -3.5, -1e-7, -0.0, 0.0, 1e-7, 2.25, torch.inf]).to(dtype)
+    expected, out = values.clamp_min(0), torch.empty_like(values)
+    relu(values, out=out)
+    assert torch.equal(out, expected)
+    relu(values, out=values)
+    assert torch.equal(values, expected)
 
 
 @pytest.mark.parametrize("kind", RESIDUAL_CONVS)
