@@ -24,7 +24,7 @@ from losses import DerainLoss
 from networks import SAPNet
 from utils import InputError, at_least, fast_bfloat16, pick_device, run_script, write_text
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH, PATCH = 12, 100  # the published training step
 WARM_UP_ROWS = 321  # run before timing, as kernels are compiled when first used
 BASELINE_PIXELS = 3e6  # larger images take a plain implementation minutes and tens of gigabytes
@@ -149,7 +149,7 @@ def peak_memory(*job):
 def bench_inference(args, device):
     rows = []
     for size in args.sizes:
-        names = ["fp32", "bf16"]
+        names = ["fp32", "bf16"] if device.type == "cpu" else [*PRECISIONS]
         if args.baseline and size[0] * size[1] <= BASELINE_PIXELS:
             names.insert(0, "baseline")
         image = torch.rand(1, 3, *size, device=device)

@@ -49,7 +49,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=("fp32", *HALF_PRECISIONS, "auto"), default="fp32",
-        help="of the convolutions; auto is bf16 where the processor is faster with it (default: %(default)s)",
+        help="of the convolutions; auto is fp16 on a GPU, bf16 on a CPU that is faster with it (default: %(default)s)",
     )
     parser.add_argument(
         "--max_memory", type=at_least(0, float), metavar="GIB",
@@ -270,7 +270,7 @@ def main():
         raise InputError(f"--comparison: {source} is no image; expected an image or a folder of images")
     device = pick_device(args.device)
     if args.precision == "auto":
-        args.precision = "bf16" if fast_bfloat16(device) else "fp32"
+        args.precision = "fp16" if device.type == "cuda" else "bf16" if fast_bfloat16(device) else "fp32"
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: TF32 would show in the third digit
     net = load_network(args.save_path, args.recurrent_iter, args.use_dilation).to(device)
     max_memory = 0.75 * free_memory() if args.max_memory is None else args.max_memory * 2**30

@@ -60,6 +60,21 @@ def test_half_precision_stays_close(dtype, bound):
     assert 0 < difference(network(), torch.rand(1, 3, 48, 64), dtype) < bound
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 0.01)])
+def test_the_plain_network_where_strips_would_be_slower(monkeypatch, dtype, bound):
+    """As on a GPU, with its kernels' choice forced: same result, and no strip is cut."""
+    monkeypatch.setattr(inference, "runs_whole", lambda image, dtype: True)
+    monkeypatch.setattr(inference, "FeatureMap", None)
+    assert difference(network(), torch.rand(1, 3, 48, 64), dtype) < bound
+
+
+def test_strips_on_the_cpu_and_for_what_they_are_better_at():
+    small, large = torch.empty(1, 3, 321, 481, device="meta"), torch.empty(1, 3, 2848, 4288, device="meta")
+    assert inference.runs_whole(small, torch.float32) and inference.runs_whole(small, torch.float16)
+    assert not inference.runs_whole(small, torch.bfloat16) and not inference.runs_whole(large, torch.float16)
+    assert not inference.runs_whole(torch.empty(1, 3, 8, 8), torch.float32)
+
+
 @pytest.mark.parametrize("dilation, width", [(16, 600), (8, 1024), (2, 4096)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 2.5])
 def test_wide_rows_are_convolved_as_the_definition_says(monkeypatch, dilation, width, rows):
