@@ -21,7 +21,7 @@ IMAGES = {
     "one pixel": np.full((1, 1, 3), 200, np.uint8), "one row": photo(1, 1, 60), "photograph": photo(2, 40, 50),
 }
 # Largest and mean difference to fp32 on any of these images, in [0, 1].
-BOUNDS = {torch.bfloat16: (0.01, 0.002), torch.float16: (0.001, 0.0002)}
+BOUNDS = {torch.bfloat16: (0.01, 0.001), torch.float16: (0.001, 0.0001)}
 
 
 def test_extreme_images_and_precisions(capsys):
