@@ -50,6 +50,9 @@ PRESETS = {
 }
 MAX_LEVEL = 230  # of one streak
 MAX_PASSES = 200
+VARY_ANGLE = 8  # largest shear of mixed rain, degrees
+VARY_WIDTH = 1.25  # largest factor on its widths
+VARY_LEVEL = 1.35  # largest factor on its levels
 # Eileen Collins (NASA), Chelsea (S. van der Walt), a coffee cup (R. Michetti), a Falcon 9 (SpaceX).
 SAMPLE_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 SAMPLE_SIDE = 288  # px, the longer one: keeps the bundled files small
@@ -139,9 +142,36 @@ def fit_streaks(streaks, height, width, rng):
     return streaks[:, ::-1] if rng.random() < 0.5 else streaks
 
 
+def vary_streaks(streaks, lost, rng):
+    """Another layer with streaks of the same kind, so that a few layers do for training.
+
+    It is turned upside down or not, sheared and stretched within its rows, whose ends are joined, and brighter or
+    darker. Where the rain was lost in front of white, that of another place fills in.
+
+    Args:
+        streaks: (H, W) uint8.
+        lost: (H, W) bool, True where ``streaks`` is only the least that the rain may have been.
+        rng: ``numpy.random.Generator``.
+
+    Returns:
+        (H, W) uint8.
+    """
+    for shift in rng.integers(0, streaks.shape, (2, 2)):
+        streaks = np.where(lost, np.maximum(streaks, np.roll(streaks, shift, (0, 1))), streaks)
+    if rng.random() < 0.5:
+        streaks = streaks[::-1]
+    slope = np.tan(np.radians(rng.uniform(-VARY_ANGLE, VARY_ANGLE)))
+    limits = np.log((VARY_WIDTH, VARY_LEVEL))
+    stretch, gain = np.exp(rng.uniform(-limits, limits))
+    across = np.array([[stretch, slope, 0], [0, 1, 0]])  # where pixel (x, y) of the result is read
+    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    varied = cv2.warpAffine(gain * streaks, across, streaks.shape[::-1], flags=flags, borderMode=cv2.BORDER_WRAP)
+    return np.rint(varied.clip(0, 255)).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class TrainingRain:
-    """New rain for training patches: drawn, or that of another pair; train.py's --rain_synth and --rain_mix.
+    """New rain for training patches: drawn, or that of another pair; train.py's --rain_synth, --rain_mix, --rain_vary.
 
     A patch of a pair keeps its own rain with what is left of probability 1. One of a photograph without rain has none
     to keep, so it is drawn on or mixed, in the proportion of the two.
@@ -150,6 +180,7 @@ class TrainingRain:
     synth: float = 0  # probability of drawn rain
     preset: str = "both"  # a key of PRESETS, or "both" for either
     mix: float = 0  # probability of the rain of another patch
+    vary: float = 0  # probability that the rain of another patch is varied
 
     def check_donor(self, rainy, clean, name):
         """Refuse to mix the rain of pairs that are not clean + S; ``name`` is what the error names."""
@@ -177,7 +208,11 @@ class TrainingRain:
         if rng.random() < self.synth / (self.synth + self.mix):
             preset = rng.choice(list(PRESETS)) if self.preset == "both" else self.preset
             return add_rain(clean, streak_layer(*clean.shape[:2], preset, rng))
-        return add_rain(clean, extract_streaks(*map(as_bytes, donor())))
+        rainy, dry = map(as_bytes, donor())
+        streaks = extract_streaks(rainy, dry)
+        if self.vary and rng.random() < self.vary:
+            streaks = vary_streaks(streaks, rainy.min(2) == 255, rng)
+        return add_rain(clean, streaks)
 
 
 def as_bytes(image):

@@ -79,6 +79,10 @@ def parse_args(argv=None):
         help="share of the patches that get the rain of another patch",
     )
     group.add_argument(
+        "--rain_vary", type=at_least(0, float), default=0, metavar="P",
+        help="share of the mixed rain that is sheared, stretched and scaled in level",
+    )
+    group.add_argument(
         "--rain_synth", nargs=2, metavar=("PRESET", "P"),
         help="share of the patches that get drawn rain (light, heavy, both); folders of clean photographs will do then",
     )
@@ -175,6 +179,8 @@ def parse_args(argv=None):
             parser.error(f"argument --rain_synth: expected {expected}, got {preset} {text}")
     if args.rain_mix + (args.rain_synth[1] if args.rain_synth else 0) > 1:
         parser.error("arguments --rain_mix and --rain_synth: expected shares that add up to 1 or less")
+    if args.rain_vary > (1 if args.rain_mix else 0):
+        parser.error(f"argument --rain_vary: expected 0 to 1, and --rain_mix with it, got {args.rain_vary:g}")
     return args
 
 
@@ -436,7 +442,7 @@ def load_data(args, device, rank, ranks):
     if rank > 0:
         distributed.barrier()  # the first process packs, the others read
     preset, synth = args.rain_synth or ("both", 0)
-    rain = TrainingRain(synth, preset, args.rain_mix) if synth or args.rain_mix else None
+    rain = TrainingRain(synth, preset, args.rain_mix, args.rain_vary) if synth or args.rain_mix else None
     sources, val_pairs = [], []
     hold_out = args.val_pairs * (len(args.data_path) if len(args.val_pairs) == 1 else 1)
     for folder, number in zip(args.data_path, hold_out):

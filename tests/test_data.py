@@ -480,7 +480,7 @@ def pairs_and_photographs(pairs_dir, clean_dir, tmp_path):
 @pytest.mark.parametrize("workers, context", [(2, "fork"), (1, "spawn")])
 def test_new_rain_depends_on_seed_epoch_and_index_alone(pairs_and_photographs, workers, context):
     """In other processes, in another order, or begun in the middle as after --resume: the same patches."""
-    rainy = with_new_rain(pairs_and_photographs, 0.4, "both", 0.4)
+    rainy = with_new_rain(pairs_and_photographs, 0.4, "both", 0.4, 0.5)
     expected = collect(rainy, 0)
     for batch, other in zip(expected, collect(rainy, workers, context), strict=True):
         assert all(torch.equal(tensor, same) for tensor, same in zip(batch, other, strict=True))

@@ -5,7 +5,9 @@ import pytest
 import rain_stats
 from conftest import contents, photo, save, with_rain
 from DerainDataset import find_pairs
-from rain import PRESETS, TrainingRain, add_rain, extract_streaks, fit_streaks, follows_model, streak_layer
+from rain import (
+    PRESETS, TrainingRain, add_rain, extract_streaks, fit_streaks, follows_model, streak_layer, vary_streaks,
+)
 from utils import read_rgb
 
 
@@ -203,6 +205,55 @@ def test_mixed_rain_of_floats_is_that_of_bytes():
     floats = [image.astype(np.float32) / 255 for image in (clean, rainy)]
     assert np.array_equal(rain(floats[0], floats[0], True, lambda: floats[::-1], rng(0)), expected)
     assert np.array_equal(expected, rainy)
+
+
+def varied(streaks, lost=None, count=20):
+    lost = np.zeros(streaks.shape, bool) if lost is None else lost
+    return [vary_streaks(streaks, lost, np.random.default_rng(seed)) for seed in range(count)]
+
+
+def test_varied_rain_is_sheared_stretched_and_scaled_in_level():
+    streaks = np.zeros((60, 120), np.uint8)
+    streaks[:, ::10] = 100
+    results = varied(streaks)
+    assert all(result.shape == streaks.shape and result.dtype == np.uint8 for result in results)
+    levels = [result.max() for result in results]
+    assert min(levels) < 90 and 110 < max(levels) <= 135
+    # A slope shifts the last row against the first; a stretch changes the number of streaks in a row.
+    crossings = [((row[1:] > 40) & (row[:-1] <= 40)).sum() for row in (result[0] for result in results)]
+    assert 9 <= min(crossings) < 11 and 13 < max(crossings) <= 16
+    upright = np.abs(np.diff(np.float32(results), axis=1)).max((1, 2)) == 0
+    assert not upright.any()
+
+
+def test_varied_rain_is_turned_upside_down_half_of_the_time():
+    streaks = np.zeros((60, 60), np.uint8)
+    streaks[:20] = 100
+    above = [result[:20].any() for result in varied(streaks, count=40)]
+    assert 10 < sum(above) < 30
+    for result, upper in zip(varied(streaks, count=40), above):
+        assert not result[20:40].any() and result[:20].any() == upper != result[40:].any(), "rows stay rows"
+
+
+def test_varied_rain_fills_in_what_was_lost():
+    streaks, lost = np.full((40, 40), 100, np.uint8), np.zeros((40, 40), bool)
+    lost[10:20, 10:20] = True
+    streaks[lost] = 3
+    whole = [result.min() >= 74 and np.ptp(result) <= 1 for result in varied(streaks, lost)]
+    assert sum(whole) > 15, "two other places seldom hide both behind the same white"
+    assert all(result.min() < 20 for result in varied(streaks))
+
+
+def test_only_mixed_rain_is_varied():
+    clean = photo(4)
+    rainy = with_rain(clean)
+    rain, rng = TrainingRain(mix=0.5, vary=1), np.random.default_rng
+    assert np.array_equal(rain(rainy, clean, False, None, rng(0)), rainy), "this seed keeps the patch's own rain"
+    other = rain(clean, clean, True, lambda: (rainy, clean), rng(0))
+    assert not np.array_equal(other, rainy) and follows_model(other, clean)
+    some = TrainingRain(mix=1, vary=0.4)
+    same = [np.array_equal(some(clean, clean, True, lambda: (rainy, clean), rng(k)), rainy) for k in range(50)]
+    assert 20 < sum(same) < 40
 
 
 # Against real rain

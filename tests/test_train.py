@@ -514,7 +514,7 @@ def test_a_folder_of_clean_photographs_trains(train_run, tmp_path):
 
 
 def test_new_rain_resumes_exactly(train_run):
-    rain = ["--rain_synth", "both", "0.4", "--rain_mix", "0.4"]
+    rain = ["--rain_synth", "both", "0.4", "--rain_mix", "0.4", "--rain_vary", "0.5"]
     whole, _ = train_run("whole", *rain)
     plain, _ = train_run("plain")
     train_run("cut", *rain, max_steps=6)
@@ -531,6 +531,7 @@ def test_new_rain_resumes_exactly(train_run):
         ("--rain_synth", "heavy", "nan"), ("--rain_synth", "heavy", "often"), ("--rain_synth", "heavy"),
         ("--rain_mix", -0.1), ("--rain_mix", 1.1), ("--rain_mix", "nan"),
         ("--rain_mix", 0.6, "--rain_synth", "heavy", 0.5),
+        ("--rain_vary", 0.5), ("--rain_vary", 1.1, "--rain_mix", 0.5), ("--rain_vary", "nan", "--rain_mix", 0.5),
     ],
 )
 def test_bad_shares_of_rain_are_named(refused, pairs_dir, tmp_path, rain):
