@@ -4,13 +4,14 @@
 #     bash main.sh --device cuda
 #     bash main.sh --save_path CHECKPOINT
 #
-# A set that is not under datasets/test is named, and the bundled sample is tested instead.
+# The images go to results/SET/MODEL. A set that is not under datasets/test is named, and the bundled sample is tested
+# instead.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 derain() {  # SET MODEL [OPTION...]
     echo "== $1"
-    python test.py --save_path "logs/SAPNet/$2" --test_data_path "datasets/test/$1" --output_path "results/$1/$2" "${@:3}"
+    python test.py --save_path "logs/SAPNet/$2" --test_data_path "datasets/test/$1" "${@:3}"
 }
 
 sample=false

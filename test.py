@@ -1,6 +1,6 @@
 """Derain an image, a folder of images or a video, and report PSNR and SSIM where there is ground truth.
 
-    python test.py --test_data_path datasets/test/RainSample --output_path results/RainSample
+    python test.py --test_data_path datasets/test/RainSample
 
 Writes one PNG an image and metrics.csv. The figures follow PReNet's MATLAB protocol, on the 8-bit images written.
 """
@@ -37,8 +37,8 @@ def parse_args(argv=None):
     )
     add_flag(parser, "--recursive", False, "take the images of all folders below too; no ground truth is looked for")
     parser.add_argument(
-        "--output_path", type=Path, default=Path("results/Rain100H/Model11"), metavar="DIR",
-        help="folder of the derained images (default: %(default)s)",
+        "--output_path", type=Path, metavar="DIR",
+        help="folder of the derained images (default: results/SET/MODEL, after --test_data_path and --save_path)",
     )
     add_flag(parser, "--overwrite", True, "derain again what is there already; False goes on with a long folder")
     add_flag(parser, "--comparison", False, "write a labelled panel for each image too, and a contact sheet")
@@ -56,10 +56,19 @@ def parse_args(argv=None):
         help="an image that needs more on the CPU, 0.6 GiB a megapixel in fp32, works on disk"
         " (default: 3/4 of what is free)",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output_path = args.output_path or default_output(args.test_data_path, args.save_path)
+    return args
 
 
 # What to read and where to write
+
+
+def default_output(test_data_path, save_path):
+    """results/SET/MODEL; a checkpoint has its folder's name too, as every run has a net_best.pth."""
+    source, model = Path(os.path.abspath(test_data_path)), Path(os.path.abspath(save_path))
+    name = f"{model.parent.name}-{model.stem}" if model.is_file() else model.name
+    return Path("results", source.stem if source.is_file() else source.name, name)
 
 
 def find_below(folder, left_out):

@@ -31,8 +31,7 @@ def commands(tmp_path):
 
 
 def expected(name, model, *arguments):
-    paths = f"--test_data_path datasets/test/{name} --output_path results/{name}/{model}"
-    return " ".join((f"run test.py --save_path logs/SAPNet/{model}", paths, *arguments))
+    return " ".join((f"run test.py --save_path logs/SAPNet/{model} --test_data_path datasets/test/{name}", *arguments))
 
 
 def test_each_set_is_tested_with_its_weights(commands):

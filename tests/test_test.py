@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import test as test_script
 import utils
 from conftest import contents, photo, save, with_rain
 from networks import SAPNet
@@ -50,6 +51,19 @@ def restored(net, image):
     with torch.inference_mode():
         output = net(torch.from_numpy(np.float32(image) / peak).permute(2, 0, 1)[None])[0]
     return (peak * output.clamp(0, 1).permute(1, 2, 0).numpy()).round()
+
+
+def test_each_set_and_model_has_its_folder(checkpoint, tmp_path, monkeypatch):
+    save(tmp_path / "clips/photo.png", photo(1, 12, 12))
+    monkeypatch.chdir(tmp_path / "clips")
+
+    def output(source, model):
+        return str(test_script.parse_args(["--test_data_path", str(source), "--save_path", str(model)]).output_path)
+
+    run_folder = checkpoint.parent
+    assert output(".", run_folder) == f"results/clips/{run_folder.name}"
+    assert output("photo.png", checkpoint) == f"results/photo/{run_folder.name}-{checkpoint.stem}"
+    assert output("../clips", "missing") == "results/clips/missing"
 
 
 @pytest.mark.parametrize("named", [".", "rainy"])
