@@ -52,7 +52,10 @@ MAX_LEVEL = 230  # of one streak
 MAX_PASSES = 200
 VARY_ANGLE = 8  # largest shear of mixed rain, degrees
 VARY_WIDTH = 1.25  # largest factor on its widths
-VARY_LEVEL = 1.35  # largest factor on its levels
+VARY_LENGTH = 1.6  # and on its lengths
+VARY_LEVEL = 1.35  # and on its levels
+VARY_JOINED = 0.35  # share of two layers in one, as where rain falls in two directions
+JOINED_LEVEL = 0.6  # of each of the two: together a little more rain than one
 # Eileen Collins (NASA), Chelsea (S. van der Walt), a coffee cup (R. Michetti), a Falcon 9 (SpaceX).
 SAMPLE_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 SAMPLE_SIDE = 288  # px, the longer one: keeps the bundled files small
@@ -145,8 +148,9 @@ def fit_streaks(streaks, height, width, rng):
 def vary_streaks(streaks, lost, rng):
     """Another layer with streaks of the same kind, so that a few layers do for training.
 
-    It is turned upside down or not, sheared and stretched within its rows, whose ends are joined, and brighter or
-    darker. Where the rain was lost in front of white, that of another place fills in.
+    It is turned upside down or not, sheared, stretched across and along, its opposite edges joined, and brighter or
+    darker; at times its mirror image is added to it. Where the rain was lost in front of white, that of another place
+    fills in.
 
     Args:
         streaks: (H, W) uint8.
@@ -160,12 +164,15 @@ def vary_streaks(streaks, lost, rng):
         streaks = np.where(lost, np.maximum(streaks, np.roll(streaks, shift, (0, 1))), streaks)
     if rng.random() < 0.5:
         streaks = streaks[::-1]
+    if rng.random() < VARY_JOINED:
+        mirrored = np.roll(streaks[:, ::-1], rng.integers(0, streaks.shape), (0, 1))
+        streaks = JOINED_LEVEL * (streaks + mirrored.astype(np.float32))
     slope = np.tan(np.radians(rng.uniform(-VARY_ANGLE, VARY_ANGLE)))
-    limits = np.log((VARY_WIDTH, VARY_LEVEL))
-    stretch, gain = np.exp(rng.uniform(-limits, limits))
-    across = np.array([[stretch, slope, 0], [0, 1, 0]])  # where pixel (x, y) of the result is read
+    limits = np.log((VARY_WIDTH, VARY_LENGTH, VARY_LEVEL))
+    across, along, gain = np.exp(rng.uniform(-limits, limits))
+    source = np.array([[across, slope, 0], [0, along, 0]])  # where pixel (x, y) of the result is read
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-    varied = cv2.warpAffine(gain * streaks, across, streaks.shape[::-1], flags=flags, borderMode=cv2.BORDER_WRAP)
+    varied = cv2.warpAffine(gain * streaks, source, streaks.shape[::-1], flags=flags, borderMode=cv2.BORDER_WRAP)
     return np.rint(varied.clip(0, 255)).astype(np.uint8)
 
 

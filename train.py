@@ -80,7 +80,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--rain_vary", type=at_least(0, float), default=0, metavar="P",
-        help="share of the mixed rain that is sheared, stretched and scaled in level",
+        help="share of the mixed rain that is sheared, stretched, crossed and scaled in level",
     )
     group.add_argument(
         "--rain_synth", nargs=2, metavar=("PRESET", "P"),
