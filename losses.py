@@ -22,6 +22,7 @@ from SSIM import ssim
 from utils import InputError, load_weights
 
 PIXEL_LOSSES = ("ssim", "mse", "mse+ssim")
+PSNR_FLOOR = 1e-5  # added to the MSE: beyond 50 dB a patch asks for little more
 WEIGHTS = {"contrast": 0.4, "lpips": 1.0, "segmentation": 0.1}  # 0.1 * (4 * PCL) + 0.1 * (10 * LPISL) + 0.1 * UBS
 SWITCHES = {"contrast": "--use_contrast", "lpips": "--use_lpips", "segmentation": "--use_seg_stage1"}
 PCL_LAYERS = ((0, 4, 1 / 32), (4, 9, 1 / 16), (9, 16, 1 / 8), (16, 23, 1 / 4))  # first, end, w; end: relu1_2 to relu4_3
@@ -112,6 +113,14 @@ def full_precision(images):
 
 
 # Terms
+
+
+def psnr_loss(derained, clean):
+    """The negative PSNR in dB, averaged over the images: (N, 3, H, W) in [0, 1] twice -> scalar.
+
+    Source: HINet (Chen et al. 2021).
+    """
+    return 10 * ((derained - clean).square().mean((1, 2, 3)) + PSNR_FLOOR).log10().mean()
 
 
 class PerceptualContrastiveLoss(FrozenLoss):
@@ -228,12 +237,12 @@ class SegmentationLoss(FrozenLoss):
 
 
 class DerainLoss(nn.Module):
-    """The pixel loss plus the weighted semantic terms, and each term by name.
+    """The pixel loss plus the weighted further terms, and each term by name.
 
     Args:
         pixel_loss: one of ``PIXEL_LOSSES``; "ssim" is the negative SSIM.
-        weights: {name: weight} of the semantic terms, names as in ``WEIGHTS``; a term that is absent or zero is
-            neither built nor computed.
+        weights: {name: weight} of the semantic terms, names as in ``WEIGHTS``, and of "psnr_loss"; a term that is
+            absent or zero is neither built nor computed.
         lpips_net: a key of ``LPIPS_NETS``.
         num_of_SegClass, seg_backbone: as for ``UBS``.
         backbone_dir, backbone_weights: as for ``load_backbone``.
@@ -273,9 +282,11 @@ class DerainLoss(nn.Module):
                 terms["ssim"] = -ssim(derained, clean)
             if "mse" in self.pixel_loss:
                 terms["mse"] = F.mse_loss(derained, clean)
+            if "psnr_loss" in self.weights:
+                terms["psnr_loss"] = psnr_loss(derained, clean)
         images = {"contrast": (derained, clean, rainy), "lpips": (derained, clean), "segmentation": (derained,)}
         for name in self.weights:
-            if name not in skip:
+            if name in images and name not in skip:
                 terms[name] = getattr(self, name)(*images[name])
         total = sum(self.weights.get(name, 1) * value for name, value in terms.items())
         return total, terms

@@ -97,6 +97,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("losses")
     group.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="ssim", help="ssim is the negative SSIM")
+    group.add_argument("--w_psnr", type=at_least(0, float), default=0, help="weight of the negative PSNR in dB")
     add_flag(group, "--use_contrast", True, "add the perceptual contrastive loss (PCL)")
     add_flag(group, "--use_lpips", True, "add the learned perceptual image similarity loss (LPISL)")
     add_flag(group, "--use_seg_stage1", True, "add the loss of the background segmentation network (UBS)")
@@ -498,8 +499,9 @@ def build_network(args, device):
 
 
 def build_criterion(args, device):
-    """The pixel loss and those semantic terms that the run will come to use."""
+    """The pixel loss and those further terms that the run will come to use."""
     weights = {
+        "psnr_loss": args.w_psnr,
         "contrast": args.w_contrast if args.use_stage1 and args.use_contrast else 0,
         "lpips": args.w_lpips if args.use_stage1 and args.use_lpips else 0,
         "segmentation": args.w_seg if args.use_stage1 and args.use_seg_stage1 else 0,

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio
 from torchvision.models import alexnet
 
 import losses
 import train
 from conftest import make_pairs
-from losses import DerainLoss, LPIPSLoss, PerceptualContrastiveLoss, SegmentationLoss, focal_loss
+from losses import WEIGHTS, DerainLoss, LPIPSLoss, PerceptualContrastiveLoss, SegmentationLoss, focal_loss, psnr_loss
 from networks import SEG_BACKBONES, UBS, SAPNet
 from SSIM import ssim
 from utils import InputError, load_checkpoint, save_checkpoint
@@ -102,19 +103,26 @@ def test_lpips_agrees_with_the_package(net):
     torch.testing.assert_close(loss(derained, clean), expected, rtol=1e-4, atol=0)
 
 
+def test_psnr_loss_is_the_mean_of_the_images_negative_psnr():
+    _, clean, _ = random_images()
+    derained = clean + torch.tensor([0.02, 0.1, 0.3])[:, None, None, None] * torch.randn(clean.shape)
+    expected = [-peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=1) for x, y in zip(clean, derained)]
+    assert psnr_loss(derained, clean).item() == pytest.approx(np.mean(expected), abs=0.05)  # for the floor
+
+
 # Gradients
 
 
 def test_every_term_reaches_every_derained_image():
-    criterion = DerainLoss("mse+ssim", **SMALL)
+    criterion = DerainLoss("mse+ssim", {"psnr_loss": 0.02, **WEIGHTS}, **SMALL)
     derained, clean, rainy = random_images()
-    names = ("ssim", "mse", "contrast", "lpips", "segmentation")
+    names = ("ssim", "mse", "psnr_loss", "contrast", "lpips", "segmentation")
     for name in names:
         assert_useful(gradient(lambda image: criterion(image, clean, rainy)[1][name], derained))
     total, terms = criterion(derained, clean, rainy)
     assert tuple(terms) == names
     expected = terms["ssim"] + terms["mse"] + 0.4 * terms["contrast"] + terms["lpips"] + 0.1 * terms["segmentation"]
-    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(total, expected + 0.02 * terms["psnr_loss"])
 
 
 def test_real_weights_give_gradients(golden, vgg_loss, lpips_loss):
@@ -178,7 +186,7 @@ def test_lpips_gradient_of_an_image_depends_on_that_image():
 
 
 def test_equal_images_give_no_nan():
-    criterion = DerainLoss("mse+ssim", **SMALL)
+    criterion = DerainLoss("mse+ssim", {"psnr_loss": 0.02, **WEIGHTS}, **SMALL)
     derained, clean, rainy = random_images()
     black = torch.zeros_like(clean)
     for images in ((rainy, clean, rainy), (clean, clean, rainy), (clean, clean, clean), (black, black, black)):
@@ -262,7 +270,7 @@ def test_ubs_head():
 def test_zero_weights_build_and_compute_nothing(monkeypatch):
     for name in ("PerceptualContrastiveLoss", "LPIPSLoss", "SegmentationLoss"):
         monkeypatch.setattr(losses, name, None)
-    criterion = DerainLoss(weights={"contrast": 0, "lpips": 0.0})
+    criterion = DerainLoss(weights={"contrast": 0, "lpips": 0.0, "psnr_loss": 0})
     assert not list(criterion.parameters())
     derained, clean, rainy = random_images()
     total, terms = criterion(derained, clean, rainy)
@@ -404,12 +412,12 @@ def records(folder):
 
 
 def test_terms_are_logged_and_segmentation_joins_late(small_run):
-    result, folder = small_run("--epochs", 2, "--seg_start_epoch", 1)
+    result, folder = small_run("--epochs", 2, "--seg_start_epoch", 1, "--w_psnr", 0.02)
     assert result.status == 0, result.err
     assert result.err.count("WARNING: RANDOM weights") == 3
-    assert "loss: ssim + 0.4 contrast + 1 lpips + 0.1 segmentation" in result.out
+    assert "loss: ssim + 0.02 psnr_loss + 0.4 contrast + 1 lpips + 0.1 segmentation" in result.out
     first, second = records(folder)
-    for name in ("ssim", "contrast", "lpips"):
+    for name in ("ssim", "psnr_loss", "contrast", "lpips"):
         assert name in first and name in second
     assert "segmentation" not in first and second["segmentation"] > 0
     events = b"".join(path.read_bytes() for path in folder.glob("events*"))

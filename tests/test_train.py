@@ -240,15 +240,16 @@ def test_net_best_is_that_of_the_best_validation(train_run, monkeypatch, pairs_d
     assert any(not torch.equal(state[0][name], state[1][name]) for name in state[0])
 
 
-@pytest.mark.parametrize("pixel_loss", ["ssim", "mse", "mse+ssim"])
-def test_loss_falls_on_one_batch(run, tmp_path, pixel_loss):
+@pytest.mark.parametrize("pixel_loss, w_psnr", [("ssim", 0), ("mse", 0), ("mse+ssim", 0), ("ssim", 0.02)])
+def test_loss_falls_on_one_batch(run, tmp_path, pixel_loss, w_psnr):
     folder = make_pairs(tmp_path / "pairs", (1,), 32, 64)
     save_path = tmp_path / "run"
-    changes = {"epochs": 25, "milestone": 100, "lr": 5e-3, "pixel_loss": pixel_loss, "augment": False, "save_freq": 100}
+    changes = {"epochs": 25, "milestone": 100, "lr": 5e-3, "augment": False, "save_freq": 100}
+    changes |= {"pixel_loss": pixel_loss, "w_psnr": w_psnr}
     assert run("train", *options(folder, save_path, **changes)).status == 0
     losses = [line["loss"] for line in records(save_path)]
-    # Negative SSIM can fall to -1, MSE to 0.
-    floor = {"ssim": -1, "mse": 0, "mse+ssim": -1}[pixel_loss]
+    # Negative SSIM can fall to -1, MSE to 0, the negative PSNR to -50 dB.
+    floor = {"ssim": -1, "mse": 0, "mse+ssim": -1}[pixel_loss] - 50 * w_psnr
     assert losses[-1] - floor < 0.5 * (losses[0] - floor), losses
     assert records(save_path)[-1]["psnr"] > records(save_path)[0]["psnr"] + 3
 
