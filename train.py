@@ -150,6 +150,10 @@ def parse_args(argv=None):
     group.add_argument(
         "--save_freq", type=at_least(1), default=1, metavar="N", help="keep net_epochN.pth every N epochs"
     )
+    group.add_argument(
+        "--save_steps", type=at_least(1), default=500, metavar="N",
+        help="save what --resume needs every N steps, not only when an epoch ends",
+    )
     add_flag(group, "--resume", False, "continue the run stopped under --save_path")
     group.add_argument(
         "--log_interval", type=at_least(1), default=50, metavar="N", help="steps between TensorBoard records"
@@ -270,11 +274,19 @@ def check_finite(value, indices, dataset, what="loss"):
         raise RunError(f"the {what} is {value.item()} on the batch of {names}; the last checkpoint is kept")
 
 
-def train_one_epoch(model, criterion, loader, optimizer, schedule, position, stop, writer, args, device):
+def check_step(loss, indices, model, dataset):
+    """Stop the run if a step's loss, or the weights that it left, are not finite; before each checkpoint."""
+    check_finite(loss, indices, dataset)
+    # A gradient that is not finite shows in the next step's loss, which would come too late.
+    norm = torch.stack([parameter.detach().norm() for parameter in model.parameters()]).norm()
+    check_finite(norm, indices, dataset, "norm of the weights")
+
+
+def train_one_epoch(model, criterion, loader, optimizer, schedule, position, stop, writer, save, args, device):
     """Train on the rest of the epoch at ``position``, which moves along; return its last batch, None if there was none.
 
-    ``schedule`` is the learning rate as a function of the position. The batch is (rainy, derained, clean), each
-    (N, 3, P, P), for the logs.
+    ``schedule`` is the learning rate as a function of the position, ``save`` is called every --save_steps steps. The
+    batch is (rainy, derained, clean), each (N, 3, P, P), for the logs.
     """
     skip = {"segmentation"} if position.epoch < args.seg_start_epoch else set()
     totals, unchecked, images, shown = position.totals, None, None, ""
@@ -317,11 +329,11 @@ def train_one_epoch(model, criterion, loader, optimizer, schedule, position, sto
         due = not distributed.is_initialized() or position.step % args.log_interval == 0
         if position.step == args.max_steps or due and stop.agree(device):
             break
+        if position.step % args.save_steps == 0:
+            check_step(*unchecked, model, loader.dataset)
+            save()
     if unchecked:
-        check_finite(*unchecked, loader.dataset)
-        # A gradient that is not finite shows in the next step's loss, and here there is none before the checkpoint.
-        norm = torch.stack([parameter.detach().norm() for parameter in model.parameters()]).norm()
-        check_finite(norm, unchecked[1], loader.dataset, "norm of the weights")
+        check_step(*unchecked, model, loader.dataset)
     return images
 
 
@@ -600,11 +612,18 @@ def train(args, device, rank, ranks):
         return False
     schedule, stop = partial(learning_rate, args, steps=steps), StopSignal()
     writer = EventFile(args.save_path, position.step + 1, enabled=rank == 0)
+
+    def save():
+        if ranks > 1:
+            average_totals(position.totals, ranks, device)
+        if rank == 0:
+            save_state(args, net, averaged, optimizer, position)
+
     while True:
         started, images = time.monotonic(), None
         if args.use_stage1:
             images = train_one_epoch(
-                model, criterion, loader, optimizer, schedule, position, stop, writer, args, device
+                model, criterion, loader, optimizer, schedule, position, stop, writer, save, args, device
             )
         if ranks > 1:
             average_totals(position.totals, ranks, device)
@@ -615,8 +634,7 @@ def train(args, device, rank, ranks):
             report_epoch(args, averaged, rate, position, images, val_pairs, writer, complete, device, seconds)
         if complete:
             position.epoch, position.batch, position.totals = position.epoch + 1, 0, {}
-        if rank == 0:
-            save_state(args, net, averaged, optimizer, position)
+        save()
         if not args.use_stage1 or finished(args, position):
             return False
         if interrupted:

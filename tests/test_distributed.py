@@ -34,7 +34,7 @@ def flat(state):
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume(tmp_path):
     pairs = make_pairs(tmp_path / "pairs")
-    runs = {name: options(pairs, tmp_path / name, epochs=2) for name in ("one", "two", "resumed")}
+    runs = {name: options(pairs, tmp_path / name, epochs=2, save_steps=2) for name in ("one", "two", "resumed")}
     finish(start(1, *runs["one"]))
     out = finish(start(2, *runs["two"]))
     assert out.count("epoch 1, step 4") == 1, "one process writes the log"

@@ -361,6 +361,24 @@ def test_run_cut_by_max_steps_resumes_exactly(train_run, whole, pairs_dir, steps
     assert [line["step"] for line in records(folder)] == [4, 8, 12]
 
 
+def test_run_that_dies_within_an_epoch_resumes_from_its_last_save(train_run, monkeypatch, whole, pairs_dir):
+    """In its eighth step: saved are the third, the fourth, which ends an epoch, and the sixth."""
+    rate = train.learning_rate
+
+    def die(args, position, steps):
+        assert position.step < STEPS_AN_EPOCH + 3, "struck"
+        return rate(args, position, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", die)
+        with pytest.raises(AssertionError, match="struck"):
+            train_run("struck", val_path=pairs_dir, save_steps=3)
+    state = torch.load(whole.with_name("struck") / "train_state.pth", weights_only=True)
+    assert (state["position"]["epoch"], state["position"]["batch"]) == (1, 2)
+    folder, _ = train_run("struck", "--resume", val_path=pairs_dir, save_steps=3)
+    assert_same_run(folder, whole)
+
+
 def test_resume_restores_the_random_state(train_run, monkeypatch):
     """Nothing draws from it today; a loss that does must go on as if it had never stopped."""
     forward = train.DerainLoss.forward
@@ -466,18 +484,22 @@ def test_non_finite_loss_names_the_batch_and_keeps_the_last_checkpoint(
         assert [line["epoch"] for line in records(tmp_path / "bad")] == [1]
 
 
-def test_non_finite_gradient_in_an_epochs_last_step_is_not_saved(refused, monkeypatch, pairs_dir, tmp_path):
+@pytest.mark.parametrize("bad_step, save_steps", [(STEPS_AN_EPOCH, 500), (2, 2)])
+def test_non_finite_gradient_before_a_save_is_not_saved(
+    refused, monkeypatch, pairs_dir, tmp_path, bad_step, save_steps
+):
     """Its loss was finite still: only the weights tell."""
     step, steps = torch.optim.Adam.step, []
 
     def spoil(self, *args, **named):
         steps.append(1)
-        if len(steps) == STEPS_AN_EPOCH:
+        if len(steps) == bad_step:
             self.param_groups[0]["params"][0].grad[0] = float("inf")
         return step(self, *args, **named)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spoil)
-    refused("train", *options(pairs_dir, tmp_path / "run"), status=1, names=["norm of the weights is nan", " at row "])
+    arguments = options(pairs_dir, tmp_path / "run", save_steps=save_steps)
+    refused("train", *arguments, status=1, names=["norm of the weights is nan", " at row "])
     assert not list((tmp_path / "run").glob("*.pth"))
 
 

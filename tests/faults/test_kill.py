@@ -16,7 +16,7 @@ from test_train import assert_same_run, options
 from warm import Fork, figure, run_script
 
 KILLS = 50
-TINY = {"patch_size": 11, "stride": 9, "recurrent_iter": 1, "val_pairs": 1}
+TINY = {"patch_size": 11, "stride": 9, "recurrent_iter": 1, "val_pairs": 1, "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_killed_within_each_write(folder, capsys):
 @pytest.mark.slow
 def test_killed_between_the_state_and_the_weights_of_the_last_epoch(folder):
     """Nothing is left to do then but to write net_latest.pth."""
-    whole = Runs(folder, "whole of 1", epochs=1)
+    whole = Runs(folder, "whole of 1", epochs=1, save_steps=100)
     whole.finish()
-    run = Runs(folder, "last", epochs=1)
+    run = Runs(folder, "last", epochs=1, save_steps=100)
     assert run.start(functools.partial(set_trap, "train_state", "named", 1)).wait() == -signal.SIGKILL
     assert not (run.folder / "net_latest.pth").exists()
     assert "nothing left to do" in run.finish().log.read_text()
