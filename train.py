@@ -285,13 +285,14 @@ def check_step(loss, indices, model, dataset):
 def train_one_epoch(model, criterion, loader, optimizer, schedule, position, stop, writer, save, args, device):
     """Train on the rest of the epoch at ``position``, which moves along; return its last batch, None if there was none.
 
-    ``schedule`` is the learning rate as a function of the position, ``save`` is called every --save_steps steps. The
-    batch is (rainy, derained, clean), each (N, 3, P, P), for the logs.
+    ``schedule`` is the learning rate as a function of the position, ``save`` is called every --save_steps steps but
+    the epoch's last. The batch is (rainy, derained, clean), each (N, 3, P, P), for the logs.
     """
     skip = {"segmentation"} if position.epoch < args.seg_start_epoch else set()
     totals, unchecked, images, shown = position.totals, None, None, ""
     loader.batch_sampler.start(position.epoch, position.batch)
     description = f"epoch {position.epoch + 1}/{args.epochs}"
+    end = position.batch + len(loader)
     steps = min(len(loader), (args.max_steps or float("inf")) - position.step)
     for rainy, clean, indices in progress(loader, description, steps, status=lambda: shown):
         rainy, clean = rainy.to(device, non_blocking=True), clean.to(device, non_blocking=True)
@@ -329,7 +330,8 @@ def train_one_epoch(model, criterion, loader, optimizer, schedule, position, sto
         due = not distributed.is_initialized() or position.step % args.log_interval == 0
         if position.step == args.max_steps or due and stop.agree(device):
             break
-        if position.step % args.save_steps == 0:
+        # At the epoch's end the caller saves, after its report: one that a kill prevents is then made up for.
+        if position.step % args.save_steps == 0 and position.batch < end:
             check_step(*unchecked, model, loader.dataset)
             save()
     if unchecked:

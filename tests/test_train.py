@@ -379,6 +379,27 @@ def test_run_that_dies_within_an_epoch_resumes_from_its_last_save(train_run, mon
     assert_same_run(folder, whole)
 
 
+def test_run_that_dies_in_an_epochs_report_makes_up_for_it(train_run, monkeypatch, whole, pairs_dir):
+    """Saved is the second step of four: a save of the fourth would leave no batch to show in TensorBoard."""
+    name, reported, report = "unreported", [], train.report_epoch
+
+    def die(*args):
+        raise AssertionError("struck")
+
+    def note(args, net, rate, position, images, *rest):
+        reported.append(images)
+        return report(args, net, rate, position, images, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "report_epoch", die)
+        with pytest.raises(AssertionError, match="struck"):
+            train_run(name, val_path=pairs_dir, save_steps=2)
+    monkeypatch.setattr(train, "report_epoch", note)
+    folder, _ = train_run(name, "--resume", val_path=pairs_dir, save_steps=2)
+    assert_same_run(folder, whole)
+    assert reported and all(images is not None for images in reported)
+
+
 def test_resume_restores_the_random_state(train_run, monkeypatch):
     """Nothing draws from it today; a loss that does must go on as if it had never stopped."""
     forward = train.DerainLoss.forward
