@@ -21,7 +21,7 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 
-from networks import CHANNELS, DILATIONS, SeparableConv, SplitConv
+from networks import CHANNELS, DILATIONS, GATES, SeparableConv, SplitConv
 from utils import RunError, reserve
 
 MARGIN = max(DILATIONS)
@@ -166,6 +166,12 @@ def relu(features, out):
     torch.clamp_min(features, 0, out=out)
 
 
+def tanh_of_half_(features):
+    """tanh(features / 2) in place, as 2 sigmoid(features) - 1: on a CPU, PyTorch's sigmoid is six times as fast as its
+    tanh. The error is absolute, not relative: 2e-7."""
+    return features.sigmoid_().mul_(2).sub_(1)
+
+
 class GatedConv:
     """The [3x3 convolution, CRA] of a residual branch as one convolution whose weights depend on the image."""
 
@@ -212,7 +218,8 @@ class StripRunner:
                 ]
             )
         # Four convolutions of 32 channels: their results are contiguous, which halves the time of the sigmoids.
-        self.gates = {gate: self.cast(getattr(net, f"conv_{gate}")[0]) for gate in ("i", "f", "g", "o")}
+        self.gates = {gate: self.cast(getattr(net, f"conv_{gate}")[0]) for gate in GATES}
+        self.gates["g"] = tuple(2 * parameter for parameter in self.gates["g"])  # exact; what tanh_of_half_ takes
         self.conv0 = net.conv0[0].weight, net.conv0[0].bias
         self.conv = net.conv[0].weight, net.conv[0].bias
 
@@ -291,12 +298,12 @@ class StripRunner:
             # In float32 also for a half-precision map, whose sigmoid would be four times as slow.
             return F.conv2d(f, weight[:, : f.shape[1]], bias, padding=(0, 1)).float()
 
-        update = gate("i").sigmoid_().mul_(gate("g").tanh_())
+        update = tanh_of_half_(gate("g")).mul_(gate("i").sigmoid_())
         if first_stage:  # no hidden state, and nothing to forget
             cell.copy_(update)
         else:
             cell.mul_(gate("f").sigmoid_()).add_(update)
-        return gate("o").sigmoid_().mul_(cell.tanh())
+        return tanh_of_half_(2 * cell).mul_(gate("o").sigmoid_())
 
     def convolve(self, conv, source, columns, output, residual=None):
         """ReLU(conv(source)), and with a residual ReLU of the sum with it, to ``output``; return its column sums."""
