@@ -26,7 +26,7 @@ BOUNDS = {torch.bfloat16: (0.01, 0.001), torch.float16: (0.001, 0.0001)}
 
 @pytest.mark.parametrize("weights", ["Model11/seventh", "Model11"])
 def test_extreme_images_and_precisions(capsys, weights):
-    """With the bundled weights, and with those before them, which stay within the bounds on CPUs with bfloat16 units."""
+    """With the bundled weights, and those before them, which keep the bounds on CPUs with bfloat16 units."""
     net = utils.load_network(ROOT / "logs/SAPNet" / weights)
     runners = {dtype: StripRunner(net, dtype) for dtype in (torch.float32, *BOUNDS)}
     worst = {dtype: (0.0, 0.0) for dtype in BOUNDS}
