@@ -1,212 +1,131 @@
-"""Find rainy/clean pairs in the field's folder layouts and pack them into HDF5 patches for training.
+"""Pack the pairs of a data set into patches (HDF5), read them, and draw training batches from them.
 
-    python DerainDataset.py --check datasets/train/RainTrainH datasets/test/Rain100H
+    python -c "from DerainDataset import patch_positions; print(patch_positions(481, patch_size=100, stride=80))"
 
-lists the training pairs whose clean image is, or nearly is, a background of the test set.
+train.py packs by itself. Where the pairs come from, and which of them may be trained on, is in ``pairs.py``.
 """
-import argparse
 import hashlib
 import io
 import os
-import re
+import shutil
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-import cv2
 import h5py
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils import (
-    IMAGE_SUFFIXES, InputError, atomic_write, find_images, locked, natural_key, open_image, progress, read_rgb,
-    remove_leftovers, reserve, run_script,
-)
-
-
-# Finding pairs
-
-
-class Layout(NamedTuple):
-    """Where a data set keeps its images. Folders are relative to the data set's own."""
-
-    rainy_folder: str
-    rainy_stem: str  # regular expression; its group identifies the clean image
-    clean_folder: str
-    clean_stem: str  # template for that group
-
-
-LAYOUTS = (
-    Layout("rainy", r"rain-(\d+)", ".", "norain-{}"),  # Rain100H, Rain100L
-    Layout(".", r"rain-(\d+)", ".", "norain-{}"),  # RainTrainH, RainTrainL
-    Layout("rainy_image", r"(\d+)_\d+", "ground_truth", "{}"),  # Rain12600, Rain1400
-    Layout("input", r"(.+)", "target", "{}"),  # Rain13K and its test sets
-    Layout("rain", r"(.+)", "norain", "{}"),  # Rain200H, Rain200L
-    Layout(".", r"(.+)_in", ".", "{}_GT"),  # Rain12
-)
-
-
-class Pair(NamedTuple):
-    """A rainy image and its clean one, which is None where there is no ground truth."""
-
-    rainy: Path
-    clean: Path | None
-
-
-def list_stems(folder):
-    """{stem: path} of the images directly in ``folder``; empty where there is no such folder."""
-    if not folder.is_dir():
-        return {}
-    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-
-
-def match_layout(folder, layout):
-    """(pairs, names without a partner) of ``folder`` under ``layout``."""
-    rainy, clean = list_stems(folder / layout.rainy_folder), list_stems(folder / layout.clean_folder)
-    pairs, orphans, used = [], [], set()
-    for stem, path in rainy.items():
-        match = re.fullmatch(layout.rainy_stem, stem, re.DOTALL)
-        if match is None:
-            continue
-        partner = layout.clean_stem.format(match[1])
-        used.add(partner)
-        pairs.append(Pair(path, clean.get(partner)))
-        if partner not in clean:
-            orphans.append(path.name)
-    clean_pattern = layout.clean_stem.format(r".+")
-    orphans += [
-        path.name for stem, path in clean.items() if stem not in used and re.fullmatch(clean_pattern, stem, re.DOTALL)
-    ]
-    return pairs, orphans
-
-
-def find_pairs(folder, option="--data_path", ground_truth_required=True):
-    """Find the image pairs of a data set from its folder alone (``LAYOUTS``).
-
-    Args:
-        folder: the data set's folder, or the folder of its rainy images.
-        option: what an error names.
-        ground_truth_required: leave out rainy images without a clean one (training); otherwise keep
-            them with ``clean`` None, and take any folder of images as real rain.
-
-    Returns:
-        (pairs in natural order, file names without a partner).
-
-    Raises:
-        InputError: no such folder, or nothing to use in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{option} {folder}: no such folder; expected a folder of rainy and clean images")
-    for layout in LAYOUTS:
-        roots = [folder]
-        if folder.resolve().name == layout.rainy_folder:
-            roots.append(folder.resolve().parent)
-        for root in roots:
-            pairs, orphans = match_layout(root, layout)
-            if any(pair.clean for pair in pairs):
-                if ground_truth_required:
-                    pairs = [pair for pair in pairs if pair.clean]
-                return sorted(pairs, key=lambda pair: natural_key(pair.rainy)), sorted(orphans, key=natural_key)
-    if ground_truth_required:
-        hint = "; clean photographs alone need --rain_synth" if option == "--data_path" else ""
-        raise InputError(
-            f"{option} {folder}: no rainy/clean pairs; expected for example rain-1.png beside norain-1.png,"
-            f" or input/ and target/ with equal names{hint}"
-        )
-    return [Pair(path, None) for path in find_images(folder, option)], []
-
-
-def image_size(path):
-    """(height, width) after EXIF orientation, from the header alone."""
-    with open_image(path) as image:
-        width, height = image.size
-        return (width, height) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (height, width)
-
-
-def check_sizes(pair):
-    """(height, width) of both images of a pair, or an ``InputError`` that names them."""
-    size, clean_size = image_size(pair.rainy), image_size(pair.clean)
-    if size != clean_size:
-        raise InputError(
-            f"{pair.rainy} is {size[1]}x{size[0]} but its clean image {pair.clean.name} is"
-            f" {clean_size[1]}x{clean_size[0]}; expected equal sizes"
-        )
-    return size
-
-
-def report_orphans(folder, orphans):
-    """Say which files have no partner and are left out."""
-    if orphans:
-        print(f"{folder}: left out {len(orphans)} without a partner: {', '.join(orphans)}")
-
-
-# Leakage between training and test sets
-
-
-def thumbnail(path):
-    """(256,) zero-mean, unit-length description of a photograph that survives compression and resizing."""
-    grey = cv2.cvtColor(read_rgb(path), cv2.COLOR_RGB2GRAY).astype(np.float32)
-    small = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA)
-    small -= small.mean()
-    return small.ravel() / max(np.linalg.norm(small), 1e-6)
-
-
-def find_leaks(pairs, test_folder, threshold=0.95):
-    """Pairs whose clean image shows a test background, also if mirrored or compressed.
-
-    Args:
-        pairs: training pairs.
-        test_folder: a test set in any layout with ground truth.
-        threshold: correlation of 16x16 thumbnails from which two photographs count as the same. Between
-            different photographs of BSD it reached 0.90; recompression, resizing or a crop of 5 px left 0.98.
-
-    Returns:
-        [(pair, path of the test background)].
-    """
-    test_pairs, _ = find_pairs(test_folder, "TEST_DIR")
-    backgrounds = sorted({pair.clean for pair in test_pairs}, key=natural_key)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        test = np.stack(list(pool.map(thumbnail, backgrounds)))
-        leaks = []
-        train = pool.map(thumbnail, [pair.clean for pair in pairs])
-        for pair, vector in zip(pairs, progress(train, "comparing backgrounds", total=len(pairs))):
-            views = np.stack((vector, vector.reshape(16, 16)[:, ::-1].ravel()))
-            similarity = (views @ test.T).max(0)
-            if similarity.max() >= threshold:
-                leaks.append((pair, backgrounds[similarity.argmax()]))
-    return leaks
-
+from pairs import pair_size, read_pair, report_left_out
+from training_sets import PRENET_FILES, TrainingSet
+from utils import InputError, atomic_write, locked, progress, remove_leftovers, reserve
 
 # Packing
 
 
-PACKED_VERSION = 2
+PACKED_VERSION = 3
 
 
 def patch_positions(length, patch_size, stride):
-    """Offsets of the patches along one side; the last is flush with the border, so every pixel is in one."""
+    """Offsets of the patches along one side; the last is flush with the border, so that every pixel is in one."""
     positions = list(range(0, length - patch_size + 1, stride))
     if positions[-1] != length - patch_size:
         positions.append(length - patch_size)
     return positions
 
 
-def fingerprint(pairs, patch_size, stride):
-    """Changes when a file is added, removed or modified, or the patches would be cut differently."""
-    digest = hashlib.sha256(f"{PACKED_VERSION} {patch_size} {stride}".encode())
-    for path in (path for pair in pairs for path in pair):
-        status = path.stat()
-        digest.update(os.fsencode(f"{path.name} {status.st_size} {status.st_mtime_ns}\n"))
+def fingerprint(pairs, *options):
+    """A digest that changes when a file is added, removed or modified, or the patches would be cut differently."""
+    digest = hashlib.sha256(f"{PACKED_VERSION} {options}".encode())
+    for pair in pairs:
+        for path in (pair.rainy, pair.clean):
+            status = path.stat()
+            digest.update(os.fsencode(f"{path.name} {pair.rainy_half} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
-def packed_path(folder, packed_dir):
-    """The packed file of a data folder: its name's start, and a few digits of its full path to tell namesakes apart."""
-    folder = Path(folder).resolve()
-    return Path(packed_dir) / f"{folder.name[:40]}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}.h5"
+def packed_path(training_set, packed_dir, patch_size, stride):
+    """The packed file of a training set.
+
+    Its name has the start of the folder's, a few digits of the folder's full path, which tell namesakes apart, the
+    patches' size and stride, and a few digits that stand for what is left out of the folder.
+    """
+    folder = training_set.folder.resolve()
+    left_out = hashlib.sha256(os.fsencode("\n".join(sorted(training_set.left_out)))).hexdigest()[:6]
+    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]
+    return Path(packed_dir) / f"{folder.name[:40]}-{place}-{patch_size}by{stride}-{left_out}.h5"
+
+
+def plan_cuts(pairs, patch_size, stride):
+    """Where to cut the patches of each pair.
+
+    Returns:
+        ({pair: [(top, left), ...]} of the pairs that are large enough, {pair: (height, width)} of the others).
+
+    Raises:
+        InputError: an image is unreadable, or of another size than its partner.
+    """
+    cuts, small = {}, {}
+    for pair in pairs:
+        height, width = pair_size(pair)
+        if min(height, width) < patch_size:
+            small[pair] = height, width
+            continue
+        rows, columns = (patch_positions(side, patch_size, stride) for side in (height, width))
+        cuts[pair] = [(top, left) for top in rows for left in columns]
+    return cuts, small
+
+
+def cut_patches(pair, positions, patch_size):
+    """Read a pair and cut it.
+
+    Returns:
+        (rainy patches, clean patches, digest of the whole images); patches are (N, P, P, 3) uint8.
+    """
+    images = read_pair(pair)
+    patches = [
+        np.stack([image[top : top + patch_size, left : left + patch_size] for top, left in positions])
+        for image in images
+    ]
+    digest = hashlib.sha256(repr(images[0].shape).encode())
+    for image in images:
+        digest.update(np.ascontiguousarray(image))
+    return *patches, digest.digest()
+
+
+def map_in_order(function, jobs):
+    """Yield ``function(*job)`` for each job in order, computed by threads that are at most a few jobs ahead.
+
+    Unlike ``Executor.map``, which would hold the results of all jobs where they are taken slowly.
+    """
+    threads, waiting = os.cpu_count(), deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for job in jobs:
+            waiting.append(pool.submit(function, *job))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def packed_size(cuts, patch_size):
+    """About how many bytes of disk the packed file of ``plan_cuts`` takes, and no less than it does."""
+    patches = sum(map(len, cuts.values()))
+    names = sum(len(os.fsencode(pair.rainy.name)) for pair in cuts)
+    return patches * (2 * (patch_size**2 * 3 + 64) + 12) + len(cuts) * 64 + names + 2**16
+
+
+def check_disk(path, size):
+    """Refuse to begin a file of ``size`` bytes for which there is no room."""
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise InputError(
+            f"--packed_dir {path.parent}: {path.name} takes {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are free;"
+            " expected room for it, or a folder on another disk"
+        )
 
 
 def create_hdf5(path, size):
@@ -219,123 +138,95 @@ def create_hdf5(path, size):
     return h5py.File(path, "r+", libver=version)  # closing it gives back what was not needed
 
 
-def pack(pairs, path, patch_size, stride):
-    """Cut pairs into patches and write them to one HDF5 file, complete or not at all.
+def pack(cuts, path, patch_size, digest=""):
+    """Cut pairs into patches and write them to one HDF5 file, complete or not at all, in bounded memory.
 
     Where another process is packing the same file, it is waited for, and what it wrote is kept if it fits.
     The file holds ``rainy`` and ``clean``, both (patches, patch_size, patch_size, 3) uint8 RGB,
     ``origin`` (patches, 3), the pair and the row and column a patch was cut at, and ``names``.
 
+    Args:
+        cuts: {pair: positions}, from ``plan_cuts``.
+        path: of the file to write.
+        patch_size: side of the patches, px.
+        digest: ``fingerprint``, kept in the file to tell whether it is up to date.
+
     Raises:
-        InputError: an image is unreadable, smaller than a patch, or of another size than its partner.
+        InputError: an image is unreadable, or the disk has too little room.
+        RunError: the file cannot be written.
     """
-    cuts = []
-    for number, pair in enumerate(pairs):
-        height, width = check_sizes(pair)
-        if min(height, width) < patch_size:
-            raise InputError(f"{pair.rainy} is {width}x{height}, smaller than --patch_size {patch_size}")
-        cuts.append(
-            [
-                (number, top, left)
-                for top in patch_positions(height, patch_size, stride)
-                for left in patch_positions(width, patch_size, stride)
-            ]
-        )
-    total = sum(map(len, cuts))
-    shape = (total, patch_size, patch_size, 3)
-
-    def read_patches(job):
-        pair, positions = job
-        images = read_rgb(pair.rainy), read_rgb(pair.clean)
-        return [
-            np.stack([image[top : top + patch_size, left : left + patch_size] for _, top, left in positions])
-            for image in images
-        ]
-
-    names = np.array([os.fsencode(pair.rainy.name) for pair in pairs])
-    size = 2 * total * (patch_size**2 * 3 + 64) + 12 * total + names.nbytes + 2**16
-    digest = fingerprint(pairs, patch_size, stride)
+    total, size = sum(map(len, cuts.values())), packed_size(cuts, patch_size)
+    origin = [(number, *position) for number, positions in enumerate(cuts.values()) for position in positions]
+    names = np.array([os.fsencode(pair.rainy.name) for pair in cuts])
+    content = hashlib.sha256(repr(origin).encode())
     with locked(path.with_suffix(".lock")) as waited:
         remove_leftovers(path.parent, path.name)
         if waited and path.exists() and PackedPatches(path).fingerprint == digest:
             return
+        check_disk(path, size)
         with atomic_write(path) as temporary, create_hdf5(temporary, size) as file:
-            data_sets = [
+            shape = (total, patch_size, patch_size, 3)
+            arrays = [
                 file.create_dataset(name, shape, np.uint8, chunks=(1, *shape[1:]), fletcher32=True)  # notices damage
                 for name in ("rainy", "clean")
             ]
-            file.create_dataset("origin", data=np.concatenate(cuts).astype(np.int32), fletcher32=True)
+            file.create_dataset("origin", data=np.array(origin, np.int32), fletcher32=True)
             file.create_dataset("names", data=names, fletcher32=True)
             file.attrs["fingerprint"] = np.bytes_(digest)  # of fixed length: HDF5 can hang on a damaged other
             start = 0
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                jobs = list(zip(pairs, cuts))
-                for patches in progress(pool.map(read_patches, jobs), f"packing {path.name}", total=len(jobs)):
-                    stop = start + len(patches[0])
-                    for data_set, part in zip(data_sets, patches):
-                        data_set[start:stop] = part
-                    start = stop
+            jobs = ((pair, positions, patch_size) for pair, positions in cuts.items())
+            results = map_in_order(cut_patches, jobs)
+            for *patches, image_digest in progress(results, f"packing {path.name}", total=len(cuts)):
+                stop = start + len(patches[0])
+                for array, part in zip(arrays, patches):
+                    array[start:stop] = part
+                content.update(image_digest)
+                start = stop
+            file.attrs["content"] = np.bytes_(content.hexdigest())
 
 
-def pick_held_out(pairs, count):
-    """``count`` evenly spaced pairs, kept from training for validation; the same for the same pairs."""
-    return [pairs[k * len(pairs) // count] for k in range(count)]
-
-
-def prepare_patches(
-    folder, packed_dir, patch_size, stride, preprocess=False, exclude_test=(), hold_out=0, draw_rain=False
-):
-    """Open the patches of a data folder, packing its images first where that has not been done yet.
+def open_patches(training_set, packed_dir, patch_size, stride, preprocess=False, skip_small=False):
+    """Open the patches of a training set, packing its images first where that has not been done yet.
 
     Args:
-        folder: a data set in one of ``LAYOUTS``, or a folder with PReNet's train_input.h5 and train_target.h5.
+        training_set: a ``TrainingSet``.
         packed_dir: folder of the packed files.
+        patch_size, stride: side of the patches and the distance between them, px.
         preprocess: pack anew even if an up-to-date packed file exists.
-        exclude_test: test folders whose backgrounds are left out.
-        hold_out: this many pairs are kept from training (``pick_held_out``).
-        draw_rain: take a folder of images without any pairs as clean photographs. Their patches have the clean image
-            for the rainy one too and are marked ``clean_only``; none is held out.
+        skip_small: leave out images that are smaller than a patch; otherwise they are an error.
 
     Returns:
-        (``PackedPatches`` or ``PReNetPatches``, pairs held out).
+        ``PackedPatches``, or ``PReNetPatches`` of a folder that has those. Those of clean photographs have the clean
+        image for the rainy one too.
+
+    Raises:
+        InputError: an image is unreadable or too small, or the disk has too little room.
     """
-    folder = Path(folder)
-    if PReNetPatches.found_in(folder) and not preprocess:
-        print(f"{folder}: using PReNet's train_input.h5 and train_target.h5 (--preprocess True packs the images)")
-        if hold_out or exclude_test:
-            raise InputError(f"--data_path {folder}: no pair can be left out of PReNet's packed files")
-        return PReNetPatches(folder), []
-    pairs, orphans = find_pairs(folder, ground_truth_required=not draw_rain)
-    clean_only = not any(pair.clean for pair in pairs)
-    if clean_only:
-        print(f"{folder}: {len(pairs)} images without pairs, taken as clean photographs to put rain on")
-        pairs, hold_out = [Pair(pair.rainy, pair.rainy) for pair in pairs], 0
-    pairs = [pair for pair in pairs if pair.clean]
-    report_orphans(folder, orphans)
-    for test_folder in exclude_test:
-        leaks = {pair for pair, _ in find_leaks(pairs, test_folder)}
-        pairs = [pair for pair in pairs if pair not in leaks]
-        print(f"{folder}: left out {len(leaks)} pairs with a background of {test_folder}")
-    if len(pairs) <= hold_out:
-        raise InputError(
-            f"--data_path {folder}: {len(pairs)} pairs, of which {hold_out} are held out; none is left to train on"
-        )
-    held_out = pick_held_out(pairs, hold_out)
-    pairs = [pair for pair in pairs if pair not in held_out]
-    path = packed_path(folder, packed_dir)
-    reason = None
+    if not training_set.pairs:
+        return PReNetPatches(training_set)
+    path = packed_path(training_set, packed_dir, patch_size, stride)
+    digest = fingerprint(training_set.pairs, patch_size, stride, skip_small)
     if preprocess:
         reason = "--preprocess"
     elif not path.exists():
         reason = "no packed file yet"
-    elif PackedPatches(path).fingerprint != fingerprint(pairs, patch_size, stride):
-        reason = "the folder or the patch options have changed"
+    elif PackedPatches(path).fingerprint != digest:
+        reason = "the folder has changed"
+    else:
+        reason = None
     if reason:
-        print(f"{folder}: packing {len(pairs)} {'images' if clean_only else 'pairs'} into {path} ({reason})")
-        pack(pairs, path, patch_size, stride)
-    patches = PackedPatches(path)
-    patches.clean_only = clean_only
-    return patches, held_out
+        cuts, small = plan_cuts(training_set.pairs, patch_size, stride)
+        if small and not skip_small:
+            names = ", ".join(f"{pair.rainy} ({width}x{height})" for pair, (height, width) in small.items())
+            raise InputError(f"smaller than --patch_size {patch_size}: {names}; --skip_small leaves such images out")
+        report_left_out(training_set.folder, [pair.rainy for pair in small], f"smaller than {patch_size} px")
+        if not cuts:
+            raise InputError(f"--data_path {training_set.folder}: no image is as large as --patch_size {patch_size}")
+        size = f"{packed_size(cuts, patch_size) / 1e6:.1f} MB"
+        kind = "images" if training_set.clean_only else "pairs"
+        print(f"{training_set.folder}: packing {len(cuts)} {kind} into {path}, {size} ({reason})", flush=True)
+        pack(cuts, path, patch_size, digest)
+    return PackedPatches(path, training_set)
 
 
 # Reading patches
@@ -345,13 +236,16 @@ class HDF5Patches:
     """Base of the two readers: HDF5 files that each process opens for itself, once, when it first reads.
 
     A handle must not cross a fork or a spawn, so it belongs to the process that opened it.
+
+    Args:
+        paths: of the files.
+        training_set: the ``TrainingSet`` they were packed from, which says whether the patches have no rain, the
+            clean ones standing in for the rainy ones, and how many times they count in an epoch.
     """
 
-    clean_only = False  # whether the patches have no rain, the clean ones standing in for the rainy ones
-
-    def __init__(self, *paths):
-        self.paths = [Path(path) for path in paths]
-        self._handles = {}
+    def __init__(self, paths, training_set):
+        self.paths, self._handles = paths, {}
+        self.folder, self.clean_only, self.count = training_set.folder, training_set.clean_only, training_set.count
 
     def __getstate__(self):
         return {**self.__dict__, "_handles": {}}
@@ -367,24 +261,35 @@ class HDF5Patches:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: cut short, damaged or no file of patches ({reason}); {self.REMEDY}") from None
 
-    def files(self):
-        """The open files; each process opens its own."""
+    def handles(self):
+        """The open files of this process, one for each path."""
         pid = os.getpid()
         if pid not in self._handles:
-            handles = []
+            files = []
             for path in self.paths:
                 with self.reading(path):
-                    handles.append(h5py.File(path, "r"))
-            self._handles = {pid: handles}
+                    files.append(h5py.File(path, "r"))
+            self.check_opened(files)
+            self._handles = {pid: files}
         return self._handles[pid]
 
+    def check_opened(self, files):
+        """Called with the files that a process has just opened; may refuse them."""
 
-def data_set(file, name, shape=None, kinds="u"):
-    """A data set of an HDF5 file, whose values must lie in that file.
+    def summary(self):
+        """What tells these data from others: folder, how many times it counts, patches, their size and content."""
+        return {
+            "folder": str(self.folder), "count": self.count, "patches": len(self), "size": self.patch_size,
+            "content": self.content,
+        }
+
+
+def checked_array(file, name, shape=None, kinds="u"):
+    """An array of an HDF5 file, whose values must lie in that file.
 
     Args:
         file: the open file.
-        name: of the data set.
+        name: of the array.
         shape: what it must be; None takes any.
         kinds: of NumPy's types, those expected.
 
@@ -401,88 +306,94 @@ def data_set(file, name, shape=None, kinds="u"):
     return data
 
 
+def read_text_attribute(file, name):
+    """A text that ``pack`` kept in the file; None where another version of it wrote something else."""
+    if name not in file.attrs or file.attrs.get_id(name).dtype.kind != "S":
+        return None
+    return file.attrs[name].decode()
+
+
 class PackedPatches(HDF5Patches):
-    """The patches of a file that ``pack`` wrote; item k is a pair of (P, P, 3) uint8 RGB arrays."""
+    """The patches of a file that ``pack`` wrote; item k is a pair of (P, P, 3) uint8 RGB arrays.
+
+    ``content`` is a digest of the images they were cut from: it stays the same where the same data are packed again,
+    on another machine too.
+    """
 
     REMEDY = "delete it and pack again"
 
-    def __init__(self, path):
-        super().__init__(path)
+    def __init__(self, path, training_set=None):
+        path = Path(path)
+        super().__init__([path], training_set or TrainingSet(path))
         with self.reading(path), h5py.File(path, "r") as file:
-            self.fingerprint = self.read_fingerprint(file)
-            rainy = data_set(file, "rainy")
-            data_set(file, "clean", rainy.shape)
+            self.fingerprint, self.content = (read_text_attribute(file, name) for name in ("fingerprint", "content"))
+            rainy = checked_array(file, "rainy")
+            checked_array(file, "clean", rainy.shape)
             self.length, self.patch_size = rainy.shape[:2]
             if rainy.shape != (self.length, self.patch_size, self.patch_size, 3):
                 raise ValueError("unexpected rainy")
-            if self.fingerprint is None:
-                return
-            self.origin = data_set(file, "origin", (self.length, 3), "i")[:]
-            self.names = [os.fsdecode(name) for name in data_set(file, "names", kinds="S")[:]]
+            if self.fingerprint is None or self.content is None:
+                return  # packed by another version; it is about to be packed anew
+            self.origin = checked_array(file, "origin", (self.length, 3), "i")[:]
+            self.names = [os.fsdecode(name) for name in checked_array(file, "names", kinds="S")[:]]
             if not 0 <= self.origin[:, 0].min() <= self.origin[:, 0].max() < len(self.names):
                 raise ValueError("unexpected origin")
 
     def __len__(self):
         return self.length
 
-    @staticmethod
-    def read_fingerprint(file):
-        """The fingerprint of an open file; None where another version packed it, so that it is packed anew."""
-        return file.attrs["fingerprint"].decode() if file.attrs.get_id("fingerprint").dtype.kind == "S" else None
-
-    def files(self):
-        """The open file, which another run may have replaced since ``__init__``."""
-        new = os.getpid() not in self._handles
-        (file,) = super().files()
-        if new and self.read_fingerprint(file) != self.fingerprint:
+    def check_opened(self, files):
+        """Refuse a file that another run has replaced since ``__init__``."""
+        if read_text_attribute(files[0], "fingerprint") != self.fingerprint:
             raise InputError(f"{self.paths[0]}: packed anew by another run; expected another --packed_dir for each")
-        return file
 
     def __getitem__(self, index):
         with self.reading(self.paths[0]):
-            file = self.files()
+            (file,) = self.handles()
             return file["rainy"][index], file["clean"][index]
 
     def describe(self, index):
+        """Which image and position a patch was cut from."""
         number, top, left = self.origin[index]
         return f"{self.names[number]} at row {top}, column {left}"
 
+    def summary(self):
+        """The base's, and the number of images."""
+        return {**super().summary(), "images": len(self.names)}
+
 
 class PReNetPatches(HDF5Patches):
-    """PReNet's pair of files: a (3, P, P) float32 data set in [0, 1] a patch, keys "0", "1", ..."""
+    """PReNet's pair of files: a (3, P, P) float32 array in [0, 1] a patch, keys "0", "1", ..."""
 
-    NAMES = ("train_input.h5", "train_target.h5")
     REMEDY = 'expected (3, P, P) data sets with the keys "0", "1", ...'
 
-    @classmethod
-    def found_in(cls, folder):
-        return all((Path(folder) / name).is_file() for name in cls.NAMES)
-
-    def __init__(self, folder):
-        super().__init__(*(Path(folder) / name for name in self.NAMES))
+    def __init__(self, training_set):
+        super().__init__([training_set.folder / name for name in PRENET_FILES], training_set)
         lengths, self.shape = [], None
         for path in self.paths:
             with self.reading(path), h5py.File(path, "r") as file:
                 lengths.append(len(file))
-                side = data_set(file, "0", self.shape, "f").shape[-1]
+                side = checked_array(file, "0", self.shape, "f").shape[-1]
                 self.shape = (3, side, side)
                 for index in (0, lengths[-1] - 1):
-                    data_set(file, str(index), self.shape, "f")
+                    checked_array(file, str(index), self.shape, "f")
         if lengths[0] != lengths[1]:
-            raise InputError(f"{self.paths[0]} has {lengths[0]} patches but {self.NAMES[1]} has {lengths[1]}")
+            raise InputError(f"{self.paths[0]} has {lengths[0]} patches but {self.paths[1].name} has {lengths[1]}")
         self.length, self.patch_size = lengths[0], self.shape[1]
+        self.content = " ".join(str(path.stat().st_size) for path in self.paths)  # a digest would take minutes
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
         images = []
-        for path, file in zip(self.paths, self.files()):
+        for path, file in zip(self.paths, self.handles()):
             with self.reading(path):
-                images.append(data_set(file, str(index), self.shape, "f")[()].transpose(1, 2, 0))
+                images.append(checked_array(file, str(index), self.shape, "f")[()].transpose(1, 2, 0))
         return tuple(images)
 
     def describe(self, index):
+        """Which patch it is."""
         return f"{self.paths[0].parent.name} patch {index}"
 
 
@@ -504,13 +415,14 @@ class TrainingPatches(Dataset):
 
     def __init__(self, sources, augment=True, seed=0, rain=None):
         self.sources, self.augment, self.seed, self.rain = sources, augment, seed, rain
-        self.starts = np.cumsum([0] + [len(source) for source in sources])
+        lengths = [len(source) * source.count for source in sources]
+        self.starts = np.cumsum([0] + lengths)
         sizes = {source.patch_size: source.paths[0] for source in sources}
         if len(sizes) > 1:
             found = ", ".join(f"{size} px in {path}" for size, path in sizes.items())
             raise InputError(f"--data_path: expected patches of one size, found {found}")
         if rain and rain.mix:
-            self.donors = np.flatnonzero(np.repeat([not source.clean_only for source in sources], np.diff(self.starts)))
+            self.donors = np.flatnonzero(np.repeat([not source.clean_only for source in sources], lengths))
             if not len(self.donors):
                 raise InputError("--rain_mix: expected a --data_path with rainy/clean pairs, to take their rain")
             for index in self.donors[:: -(-len(self.donors) // 100)]:  # enough to notice a set stored as JPEG
@@ -522,7 +434,8 @@ class TrainingPatches(Dataset):
     def locate(self, index):
         """(source, index within it) of a patch."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.sources[number], index - int(self.starts[number])
+        source = self.sources[number]
+        return source, (index - int(self.starts[number])) % len(source)
 
     def describe(self, index):
         """Which image and position a patch was cut from, for error messages."""
@@ -566,39 +479,18 @@ class ShuffledBatches(Sampler):
     def __init__(self, length, batch_size, seed=0, rank=0, ranks=1):
         self.length, self.batch_size, self.seed = length, min(batch_size, length), seed
         self.rank, self.ranks = rank, ranks
-        self.epoch = self.first = 0
+        self.epoch = self.sample = 0
 
-    def start(self, epoch, first=0):
-        """Set the epoch to iterate next, and the batch to begin at in it."""
-        self.epoch, self.first = epoch, first
+    def start(self, epoch, sample=0):
+        """Set the epoch to iterate next, and how many of its patches have been seen already."""
+        self.epoch, self.sample = epoch, sample
 
     def __len__(self):
-        return self.length // self.batch_size - self.first
+        """Batches of an epoch from its beginning."""
+        return self.length // self.batch_size
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for k in range(self.first, self.length // self.batch_size):
-            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+        for first in range(self.sample, self.length - self.batch_size + 1, self.batch_size):
+            batch = order[first : first + self.batch_size]
             yield [(self.epoch, int(index)) for index in batch[self.rank :: self.ranks]]
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", nargs=2, type=Path, required=True, metavar=("TRAIN_DIR", "TEST_DIR"),
-        help="list the training pairs whose clean image is (nearly) a test background",
-    )
-    return parser.parse_args()
-
-
-def main():
-    train_folder, test_folder = parse_args().check
-    pairs, _ = find_pairs(train_folder, "TRAIN_DIR")
-    leaks = find_leaks(pairs, test_folder)
-    for pair, background in leaks:
-        print(f"{pair.rainy.name}: {pair.clean.name} is {background.name} of {test_folder}")
-    print(f"{len(leaks)} of {len(pairs)} pairs show a background of {test_folder}")
-
-
-if __name__ == "__main__":
-    run_script(main)

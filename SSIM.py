@@ -2,9 +2,11 @@
 
     python -c "import torch; from SSIM import ssim; x = torch.rand(1, 3, 64, 64); print(ssim(x, x))"
 
-This is the zero-padded SSIM that networks are trained with. Results are reported with ``utils.ssim_255``,
+This is the zero-padded SSIM that networks are trained with. Results are reported with ``metrics.ssim_255``,
 which follows MATLAB's protocol.
 """
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -22,6 +24,13 @@ def band_matrix(length, window):
     index = torch.arange(length)
     offset = index[:, None] - index
     return torch.where(offset.abs() <= radius, window[(offset + radius).clamp(0, 2 * radius)], 0.0)
+
+
+@lru_cache(maxsize=4)  # one for each side of the images: training needs one or two
+@torch.inference_mode(False)  # a call in inference mode must not leave a matrix that training cannot use
+def blur_matrix(length, window_size, sigma, dtype, device):
+    """The ``band_matrix`` of a Gaussian, built once and kept on the images' device."""
+    return band_matrix(length, gaussian_window(window_size, sigma)).to(device, dtype)
 
 
 def ssim(image, reference, window_size=11, sigma=1.5, data_range=1.0):
@@ -42,10 +51,9 @@ def ssim(image, reference, window_size=11, sigma=1.5, data_range=1.0):
         raise ValueError(
             f"ssim expects two (N, C, H, W) tensors of one shape, got {tuple(image.shape)} and {tuple(reference.shape)}"
         )
-    window = gaussian_window(window_size, sigma)
     # The blur as two products with banded matrices: on patches of 100x100 four times as fast as a depthwise
     # convolution on the CPU, forward and backward.
-    rows, columns = (band_matrix(side, window).to(image) for side in image.shape[2:])
+    rows, columns = (blur_matrix(side, window_size, sigma, image.dtype, image.device) for side in image.shape[2:])
     moments = torch.cat((image, reference, image * image, reference * reference, image * reference))
     mean_x, mean_y, xx, yy, xy = (rows @ moments @ columns).chunk(5)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2

@@ -1,9 +1,10 @@
 """Measure speed and memory, and compare with another implementation in the same run.
 
-    python bench.py --sizes 321x481 --steps 2
+    python bench.py --sizes 160x240 --repeats 1 --steps 1 --data_path datasets/test/RainSample
 
-prints one table: inference at each size and precision, the training step by phase, packing and the loader. The
-README's figures come from it. Times are medians over alternating repetitions; machines are noisy, ratios less so.
+prints one table: inference at each size and precision, a training step by its phases, packing and loading. That is a
+trial; the README's figures come from the default sizes and repetitions. Times are medians, and what is compared takes
+turns, so that both feel it when a machine is busy.
 """
 import argparse
 import importlib.util
@@ -18,16 +19,19 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from DerainDataset import PackedPatches, ShuffledBatches, TrainingPatches, find_pairs, pack
+from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
+from devices import fast_bfloat16, pick_device
 from inference import StripRunner
 from losses import DerainLoss
 from networks import SAPNet
-from utils import InputError, at_least, fast_bfloat16, pick_device, run_script, write_text
+from training_sets import find_training_sets
+from utils import InputError, at_least, run_script, write_text
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BATCH, PATCH = 12, 100  # the published training step
-WARM_UP_ROWS = 321  # run before timing, as kernels are compiled when first used
-BASELINE_PIXELS = 3e6  # larger images take a plain implementation minutes and tens of gigabytes
+BATCH, PATCH, STRIDE = 12, 100, 80  # as published: patches a step, their side in px and the distance between them
+WARM_UP_ROWS = 321  # each network derains so many rows before it is timed, as kernels are compiled when first used
+WARM_UP_STEPS = 2  # training steps that are not timed, for the same reason
+BASELINE_PIXELS = 3e6  # --baseline is left out for larger images: it would take minutes and tens of gigabytes
 
 
 def image_size(text):
@@ -43,8 +47,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--baseline", metavar="FILE[:CLASS]",
-        help="Python module with a network to compare with, by default the only torch module class that it defines"
-        " whose name ends in Net; it is built without arguments",
+        help="Python module with a network class to compare with, which is built without arguments (default of CLASS:"
+        " the only class of the module whose name ends in Net)",
     )
     parser.add_argument(
         "--sizes", type=image_size, nargs="*", default=[(321, 481), (1440, 1920), (2848, 4288)], metavar="HxW",
@@ -78,12 +82,12 @@ def load_baseline(text):
 
 
 def final(output):
-    """A network's last estimate, where it returns (estimate, stages)."""
+    """The derained images, also where a network returns them with the estimates of its stages in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def timed(function, device):
-    """Seconds of one call."""
+    """The seconds that one call takes."""
     start = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -92,7 +96,16 @@ def timed(function, device):
 
 
 def alternate(functions, repeats, device):
-    """{name: median seconds} of functions that are called in turn, so that a busy machine is busy for all."""
+    """Time functions in turn, so that a machine that is busy for a while slows them all.
+
+    Args:
+        functions: {name: function without arguments}.
+        repeats: how often to call each.
+        device: where they run.
+
+    Returns:
+        {name: median seconds}.
+    """
     seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -113,13 +126,20 @@ def build_runner(name, baseline, device):
 
 
 def memory_kib(field):
-    """A field of this process's /proc status, KiB."""
+    """A field of /proc/self/status, such as VmRSS, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measure_peak(name, baseline, size, device, queue):
-    """Child process: put the bytes a pixel that deraining one image takes above the loaded program."""
+    """Put into ``queue`` how many bytes a pixel deraining takes, beyond the loaded program. Runs in its own process.
+
+    Args:
+        name, baseline: as for ``build_runner``.
+        size: (height, width) of the image.
+        device: where to run.
+        queue: takes the result.
+    """
     run = build_runner(name, baseline, device)
     run(torch.rand(1, 3, 64, 64, device=device))
     image = torch.rand(1, 3, *size, device=device)
@@ -129,7 +149,7 @@ def measure_peak(name, baseline, size, device, queue):
         run(image)
         used = torch.cuda.max_memory_allocated(device) - before
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the largest resident size
         before = memory_kib("VmRSS")
         run(image)
         used = (memory_kib("VmHWM") - before) * 1024
@@ -137,7 +157,7 @@ def measure_peak(name, baseline, size, device, queue):
 
 
 def peak_memory(*job):
-    """``measure_peak`` in a process of its own; None where the system has no /proc."""
+    """The result of ``measure_peak`` in a process of its own; None where it fails, as on systems without /proc."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=measure_peak, args=(*job, queue))
@@ -147,6 +167,7 @@ def peak_memory(*job):
 
 
 def bench_inference(args, device):
+    """Time inference at each of --sizes, print the rows and return them."""
     rows = []
     for size in args.sizes:
         names = ["fp32", "bf16"] if device.type == "cpu" else [*PRECISIONS]
@@ -172,7 +193,14 @@ def bench_inference(args, device):
 
 
 def training_step(net, criterion, device, fast, second_forward=False):
-    """A function that trains one step on random patches and returns {phase: seconds}."""
+    """A function that trains one step on random patches and returns {phase: seconds}.
+
+    Args:
+        net, criterion: the network and its loss, on ``device``.
+        device: where to train.
+        fast: train as train.py does at its fastest: compiled, channels last and in bfloat16 where that is faster.
+        second_forward: run the network once more after each step, as the published code does to print a PSNR.
+    """
     amp = fast and fast_bfloat16(device)
     if fast:
         net = net.to(memory_format=torch.channels_last)
@@ -209,6 +237,7 @@ def training_step(net, criterion, device, fast, second_forward=False):
 
 
 def bench_training(args, device):
+    """Time the training step with the pixel loss, with all losses and of --baseline; print the rows and return them."""
     torch.manual_seed(0)
     pixel = DerainLoss(weights={}).to(device)
     every = DerainLoss(backbone_weights="random").to(device, memory_format=torch.channels_last)
@@ -220,10 +249,10 @@ def bench_training(args, device):
         baseline = load_baseline(args.baseline).to(device)
         steps = {"baseline": training_step(baseline, pixel, device, False, True), **steps}
     phases = {name: [] for name in steps}
-    for repetition in range(args.steps + 2):
+    for repetition in range(WARM_UP_STEPS + args.steps):
         for name, step in steps.items():
             result = step()
-            if repetition >= 2:  # compilation and warm-up
+            if repetition >= WARM_UP_STEPS:
                 phases[name].append(result)
     rows = []
     for name, results in phases.items():
@@ -240,20 +269,20 @@ def bench_training(args, device):
 
 
 def bench_data(args):
-    rows = []
+    """Time packing --data_path and loading its patches; print the rows and return them."""
+    rows, (training_set,) = [], find_training_sets([args.data_path], None, prenet=False)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "packed.h5"
-        pairs, _ = find_pairs(args.data_path)
         start = time.perf_counter()
-        pack(pairs, path, PATCH, 80)
-        rows.append({"what": f"packing {len(pairs)} pairs", "seconds": time.perf_counter() - start})
-        rows[-1]["megabytes"] = path.stat().st_size / 1e6
+        patches = open_patches(training_set, folder, PATCH, STRIDE, skip_small=True)
+        seconds = time.perf_counter() - start
+        rows.append({"what": f"packing {len(patches.names)} pairs", "seconds": seconds})
+        rows[-1]["megabytes"] = patches.paths[0].stat().st_size / 1e6
         report(rows[-1])
         for workers in (1, 2):
-            dataset = TrainingPatches([PackedPatches(path)])
+            dataset = TrainingPatches([patches])
             loader = DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), BATCH), num_workers=workers)
             batches = iter(loader)
-            next(batches)  # the workers' start
+            next(batches)  # waits for the workers to start
             start = time.perf_counter()
             count = sum(len(indices) for _, _, indices in batches)
             seconds = time.perf_counter() - start
@@ -264,9 +293,7 @@ def bench_data(args):
 
 def report(row):
     """Print one row of the table."""
-    figures = "  ".join(
-        f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)
-    )
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
     print(f"{row['what']:36} {figures}", flush=True)
 
 

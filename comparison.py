@@ -2,18 +2,18 @@
 
     python test.py --comparison --test_data_path datasets/test/RainSample --output_path results/RainSample
 
-writes one panel an image and a contact sheet of all of them to the folder comparison/ of --output_path.
+writes a panel for each image to results/RainSample/comparison, and all images to results/RainSample/contact_sheet.jpg.
 """
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 640  # px, the longer side of a panel's images; larger ones are shrunk
-THUMBNAIL = 160  # px, likewise on the contact sheet
-COLUMNS = 4  # of the contact sheet
-MAX_THUMBNAILS = 200  # images on it; of more, evenly spaced ones
+THUMBNAIL = 160  # px, the longer side of the images on the contact sheet
+COLUMNS = 4  # entries in a row of the contact sheet
+MAX_THUMBNAILS = 200  # entries on the contact sheet; of more images, evenly spaced ones are taken
 GAP = 6  # px
-ERROR_SCALE = 5  # an error of 51 grey levels is the brightest
+ERROR_SCALE = 5  # an error of 51 grey levels has the brightest colour
 
 
 def shrink(image, side):
@@ -27,7 +27,14 @@ def shrink(image, side):
 
 
 def error_map(derained, clean):
-    """The mean absolute error over the channels, ``ERROR_SCALE`` times, in colours: (H, W, 3) uint8."""
+    """The absolute error, averaged over the channels and multiplied by ``ERROR_SCALE``, in colours.
+
+    Args:
+        derained, clean: (H, W, 3) uint8.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     error = cv2.absdiff(derained, clean).mean(2) * ERROR_SCALE
     colours = cv2.applyColorMap(np.minimum(error, 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
     return cv2.cvtColor(colours, cv2.COLOR_BGR2RGB)
@@ -64,12 +71,12 @@ def tile_row(images, labels, caption=None):
 
 
 def panel(name, rainy, derained, clean=None, scores=None):
-    """One image before and after, with the truth and the error where it is known.
+    """An image before and after deraining, and beside them the clean image and the error where they are known.
 
     Args:
         name: of the image, for the caption.
         rainy, derained, clean: (H, W, 3) uint8 of equal shape; ``clean`` may be None.
-        scores: {"rainy", "derained"}: ``utils.measure`` of each, where there is a clean image.
+        scores: {"rainy": ..., "derained": ...}, each as ``metrics.measure`` returns it, if there is a clean image.
 
     Returns:
         (H', W', 3) uint8.
@@ -89,7 +96,7 @@ def thumbnail(name, rainy, derained):
 
 
 def contact_sheet(thumbnails):
-    """Thumbnails in rows of ``COLUMNS``: (H, W, 3) uint8."""
+    """Arrange thumbnails, (h, w, 3) uint8 of any sizes, in rows of ``COLUMNS``: (H, W, 3) uint8."""
     rows = [thumbnails[start : start + COLUMNS] for start in range(0, len(thumbnails), COLUMNS)]
     column = max(image.shape[1] for image in thumbnails) + 2 * GAP
     heights = [max(image.shape[0] for image in row) + 2 * GAP for row in rows]

@@ -1,9 +1,10 @@
 """Export a network as one ONNX file, checked against PyTorch at three sizes in onnxruntime.
 
-    python export.py --save_path logs/SAPNet/Model11 --output sapnet.onnx
+    pip install onnxscript onnxruntime
+    python export.py --output sapnet.onnx
 
-Needs onnxscript and onnxruntime beside the requirements. The file's input ``rainy`` and output ``derained`` are
-(N, 3, H, W) float32 RGB in [0, 1], with N, H and W free; the output is clamped, so that it is an image.
+Without --save_path it exports the weights that test.py would take. The file's input ``rainy`` and output ``derained``
+are (N, 3, H, W) float32 RGB in [0, 1], with N, H and W free; the output is clamped to that range.
 """
 import argparse
 import copy
@@ -13,13 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from checkpoints import add_network_options, find_checkpoint, load_network
+from inference import to_tensor
+from metrics import psnr
 from rain import SAMPLE_PHOTOGRAPHS, add_rain, sample_photograph, streak_layer
-from utils import InputError, RunError, add_network_options, atomic_write, load_network, psnr, run_script, to_tensor
+from utils import InputError, RunError, atomic_write, run_script
 
 OPSET = 18
-# What the weights and features are kept in, and the largest difference to PyTorch's float32 that is let through.
+# The type of the weights and features, and the largest difference to PyTorch's float32 that is accepted.
 PRECISIONS = {"fp32": (torch.float32, 1e-4), "fp16": (torch.float16, 0.02)}
-CHECKED_SHAPES = ((2, 33, 47), (1, 128, 96), (1, 7, 5))  # N, H, W: a batch, even sides, less than the dilation
+CHECKED_SHAPES = ((2, 33, 47), (1, 128, 96), (1, 7, 5))  # N, H, W: a batch, even sides, sides below the dilation
 
 
 def parse_args(argv=None):
@@ -37,7 +41,7 @@ def parse_args(argv=None):
 
 
 class ImageToImage(nn.Module):
-    """The network between a float32 image and a clamped float32 image, in the precision of its weights."""
+    """What the ONNX file holds: the network in ``dtype``, which takes and returns float32 images and clamps them."""
 
     def __init__(self, net, dtype=torch.float32):
         super().__init__()
@@ -48,13 +52,13 @@ class ImageToImage(nn.Module):
 
 
 def write_onnx(net, path, dtype=torch.float32, **metadata):
-    """Write a network as an ONNX file, its weights inside and stored once for all stages.
+    """Write a network as one ONNX file. The weights are in it, once for all stages.
 
     Args:
         net: a ``SAPNet``, which stays as it is.
         path: the file to write.
         dtype: of weights and features; input and output are float32.
-        metadata: texts that the file carries by name.
+        metadata: {name: text} that the file carries.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript.optimizer import fold_constants
@@ -112,12 +116,13 @@ def main():
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is missing; expected both of: pip install onnxscript onnxruntime") from None
-    net = load_network(args.save_path, args.recurrent_iter, args.use_dilation)
+    checkpoint = find_checkpoint(args.save_path)
+    net = load_network(checkpoint, args.recurrent_iter, args.use_dilation)
     dtype, tolerance = PRECISIONS[args.precision]
-    print(f"exporting {args.save_path}: {net.recurrent_iter} stages, dilations {net.dilations}")
+    print(f"exporting {checkpoint}: {net.recurrent_iter} stages, dilations {net.dilations}")
     with atomic_write(args.output) as temporary:
         write_onnx(
-            net, temporary, dtype, checkpoint=Path(args.save_path).name, recurrent_iter=str(net.recurrent_iter),
+            net, temporary, dtype, checkpoint=checkpoint.name, recurrent_iter=str(net.recurrent_iter),
             dilations=str(net.dilations),
         )
         check(temporary, net, tolerance)

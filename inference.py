@@ -2,66 +2,126 @@
 
     python test.py --precision bf16 --test_data_path datasets/test/RainSample --output_path results/RainSample
 
-test.py runs it on the images of a folder.
+derains the images of a folder with it.
 
-Three facts make it lean, and none changes the result beyond rounding:
+``StripRunner`` computes what ``SAPNet.forward`` computes, apart from rounding, with these three changes:
 
-1. Each layer runs over horizontal strips that stay in the cache and writes into four feature maps that all
-   stages share, so a stage allocates nothing of the image's size.
-2. CRA's gate depends on the mean of a convolution over the whole image, and that mean follows from a few sums
-   over the convolution's input (``window_sums``). It is known before the convolution runs, so the gate is
-   multiplied into the weights and costs nothing per pixel.
-3. The depthwise-separable and the split convolution are dense convolutions with structured weights.
+1. Each layer runs over the image in horizontal strips that are small enough to stay in the CPU's cache. Its results
+   go to feature maps that are allocated once and used by all stages.
+2. CRA's gate depends on the mean of a convolution's output over the whole image. This mean follows from a few sums
+   over the convolution's input (``window_sums``), so the gate is known before the convolution runs. It is multiplied
+   into the convolution's weights and costs nothing per pixel.
+3. The depthwise-separable and the split convolution are run as the dense convolution that they are equal to
+   (``dense_kernel``).
 """
 import math
 import mmap
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from networks import CHANNELS, DILATIONS, GATES, SeparableConv, SplitConv
 from utils import RunError, reserve
 
-MARGIN = max(DILATIONS)
+MARGIN = max(DILATIONS)  # rows of zeros above and below a feature map, as padding for any of the convolutions
 
 
-def strip_rows(width, device, lean=False):
-    """Rows of a strip of an image of this width.
+# Images and tensors
 
-    Enough pixels to fill a GPU. On a CPU few pixels, which stay in the cache, and many rows, which share a halo: the
-    best of what was tried at the widths 481, 1920 and 4288 had 48, 16 and 16 rows; 32 instead of the 48 take 2 to 5 %
-    longer and a tenth less memory. A multiple of all dilations.
 
-    ``lean``: fewer, for a layer that needs much memory a pixel and no more than two rows beyond the strip. At 321x481,
-    the LSTM in strips of 8 rows is as fast as in 32 and saves 60 bytes for each pixel of the image.
+def to_tensor(image):
+    """Turn an image into a network's input.
+
+    Args:
+        image: (H, W, 3) uint8 or uint16 array.
+
+    Returns:
+        (1, 3, H, W) float32 tensor in [0, 1], on the CPU.
+    """
+    peak = np.iinfo(image.dtype).max
+    scaled = image.astype(np.float32) / peak
+    return torch.from_numpy(scaled.transpose(2, 0, 1).copy())[None]
+
+
+def to_image(tensor, dtype=np.uint8):
+    """Turn a network's output into an image.
+
+    Args:
+        tensor: (1, 3, H, W), any floating dtype, on any device. What lies outside [0, 1] is clamped.
+        dtype: np.uint8 or np.uint16.
+
+    Returns:
+        (H, W, 3) array of ``dtype``; each value is rounded to the nearest level.
+
+    Raises:
+        RunError: the tensor has NaN or infinite values, which have no place in an image.
+    """
+    if not tensor.isfinite().all():
+        raise RunError("the network's output is not finite; expected sound weights, or --precision fp32")
+    image = tensor[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return np.rint(image * np.iinfo(dtype).max).astype(dtype)
+
+
+# Strips and feature maps
+
+
+def strip_rows(width, device, small=False):
+    """Number of rows of a strip, for an image of this width in pixels.
+
+    On a GPU a strip has about four million pixels, which keep the GPU busy.
+
+    On a CPU a strip should be small, to stay in the cache, but have many rows, because each strip also reads the
+    rows around it that its convolution sees (up to 16 above and below). The fastest numbers of rows that were found
+    for widths of 481, 1920 and 4288 are 48, 16 and 16. The rule gives 32, 16 and 16: the 32 are 2 to 5 % slower than
+    the 48 and take a tenth less memory. The number is a multiple of every dilation, as ``dilated_conv`` wants it.
+
+    Args:
+        width: of the image.
+        device: a torch.device.
+        small: whether the layer needs much memory a pixel and reads at most two rows around a strip, as the LSTM
+            does. Its strips are smaller: at 321x481 it is as fast in 8 rows as in 32, and the whole run takes 60
+            bytes less for each pixel of the image.
     """
     if device.type != "cpu":
         return max(1, 2**22 // width)
-    return max(4, round(2**12 / width)) if lean else MARGIN * max(1, round(2**10 / width))
+    return max(4, round(2**12 / width)) if small else MARGIN * max(1, round(2**10 / width))
 
 
 def runs_whole(image, dtype):
-    """Whether to run the plain network, not strips: on a GPU, which small images occupy for less time than it takes to
-    start the kernels, of which the strips have three times as many. Not in bfloat16, which would round the image."""
+    """Whether ``StripRunner`` runs the plain network on this image and not strips.
+
+    It does so on a GPU for images of up to 2^20 pixels. There, a layer takes less time than it takes to start its
+    kernels, and strips need three times as many kernels. It does not in bfloat16, because under autocast the plain
+    network would round the image itself to bfloat16.
+    """
     return image.device.type != "cpu" and image.shape[2] * image.shape[3] <= 2**20 and dtype != torch.bfloat16
 
 
 class FeatureMap:
-    """(1, C, H, W) channels-last features between rows of zeros, which are the padding of every convolution.
+    """The features of a whole image, with rows of zeros above and below that serve convolutions as zero padding.
 
-    A strip's rows are contiguous in memory, so that no operation on a strip copies it.
+    They are stored channels-last, so that the rows of a strip are contiguous in memory and no layer copies them.
+
+    Args:
+        channels, height, width: of the features.
+        dtype, device: of the features.
+        on_disk: map them to a temporary file instead of taking memory (CPU only).
+        margin: number of rows of zeros above, and below.
+
+    Raises:
+        RunError: ``on_disk``, and the file system has no room for the file.
     """
 
     def __init__(self, channels, height, width, dtype, device, on_disk=False, margin=MARGIN):
         shape = (1, height + 2 * margin, width, channels)
-        size = math.prod(shape) * dtype.itemsize
         if on_disk:
-            # The file has no name left once it is mapped, so it goes with the process, however that ends.
+            # The file loses its name as soon as it is mapped, so it goes with the process, however that ends.
             with tempfile.NamedTemporaryFile() as file:
                 try:
-                    reserve(file, size)
+                    reserve(file, math.prod(shape) * dtype.itemsize)
                 except OSError as error:
                     raise RunError(
                         f"{file.name}: no room for a feature map of {width}x{height} ({error.strerror}); expected a"
@@ -69,59 +129,71 @@ class FeatureMap:
                     ) from None
                 flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
         elif torch.device(device).type == "cpu":
-            memory = mmap.mmap(-1, size)
-            with suppress(AttributeError, OSError):  # Linux: pages of 2 MiB; large images take 15 % less time
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            flat = torch.frombuffer(memory, dtype=dtype)
+            # A mapping of its own goes back to the system when the map is deleted. What torch.empty gets from malloc
+            # stays with the process in pieces: after images of several sizes, five times as much memory.
+            # Private memory, where there is the choice (not on Windows): it is less work for the system than shared.
+            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+            flat = torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private), dtype=dtype)
         else:
             flat = torch.empty(math.prod(shape), dtype=dtype, device=device)
-        self.data = flat.view(shape).permute(0, 3, 1, 2)
+        self.data = flat.view(shape).permute(0, 3, 1, 2)  # (1, channels, height + 2 * margin, width)
         self.height, self.margin = height, margin
         self.data[:, :, :margin] = self.data[:, :, margin + height :] = 0
 
     def rows(self, start, stop, halo=0):
-        """View of the rows [start - halo, stop + halo)."""
+        """(1, C, stop - start + 2 * halo, W) view of the rows [start - halo, stop + halo); ``halo`` <= margin."""
         return self.data[:, :, self.margin + start - halo : self.margin + stop + halo]
 
-    def strips(self, lean=False):
-        """(start, stop) of the horizontal strips, of ``strip_rows`` each."""
-        step = strip_rows(self.data.shape[3], self.data.device, lean)
+    def strips(self, small=False):
+        """List of (start, stop), the first row of each strip and the row after its last."""
+        step = strip_rows(self.data.shape[3], self.data.device, small)
         return [(start, min(start + step, self.height)) for start in range(0, self.height, step)]
 
 
+# What the layers compute
+
+
 def column_sums(rows):
-    """(1, C, R, W) -> (W, C) float32: the sum over the rows."""
+    """Sum over the rows of a strip: (1, C, R, W), channels-last -> (W, C) float32."""
     _, channels, height, width = rows.shape
-    # On this flat view the sum is ten times as fast as over the rows' own dimension. A sum in bfloat16 is accumulated
-    # in float32 and rounded once, at its end; asking for float32 would convert all rows first, which takes five times
-    # as long.
+    # The sum over this view with two dimensions is ten times as fast as rows.sum(2). Rows in bfloat16 are summed up
+    # in float32 inside the kernel and rounded once, at the end; asking for a float32 sum would convert all rows
+    # first, which takes five times as long.
     flat = rows.permute(0, 2, 3, 1).reshape(height, width * channels)
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
     return flat.sum(0, dtype=dtype).float().view(width, channels)
 
 
 def window_sums(features, columns, dilation):
-    """What the nine taps of a zero-padded 3x3 convolution see of its input, summed over the image.
+    """Sum of the input values that each of the nine taps of a zero-padded 3x3 convolution is multiplied with.
+
+    The sum of the convolution's output over the image is the sum over taps and channels of weight times this, and
+    the bias for each pixel. So the mean of the output is known without running the convolution.
 
     Args:
-        features: the ``FeatureMap`` that is convolved.
-        columns: its ``column_sums`` over the whole height.
-        dilation: of the convolution.
+        features: the ``FeatureMap`` that is convolved, C channels.
+        columns: (W, C) its ``column_sums`` over the whole height.
+        dilation: of the convolution; its padding is the same.
 
     Returns:
-        (3, 3, C) float64: the sum of the input under each tap, over all positions of the output.
+        (3, 3, C) float64: for each tap (row, column of the kernel), its sum over all pixels of the output.
     """
     reach = min(dilation, features.height)
     top = column_sums(features.rows(0, reach))
     bottom = column_sums(features.rows(features.height - reach, features.height))
-    # The upper taps never see the last rows, the lower taps never the first; likewise left and right.
+    # A tap of the kernel's upper row never meets the image's last rows, one of its lower row never the first;
+    # likewise left and right.
     seen = torch.stack((columns - bottom, columns, columns - top)).double()
     total = seen.sum(1)
     return torch.stack((total - seen[:, -dilation:].sum(1), total, total - seen[:, :dilation].sum(1)), 1)
 
 
 def dense_kernel(conv):
-    """(weight, bias) of the dense 3x3 convolution that equals ``conv``, one of ``networks.RESIDUAL_CONVS``."""
+    """The dense 3x3 convolution that gives the same output as ``conv``, one of ``networks.RESIDUAL_CONVS``.
+
+    Returns:
+        (weight, bias): (O, I, 3, 3) and (O,).
+    """
     if isinstance(conv, SeparableConv):
         point = conv.point_conv.weight
         weight = point * conv.depth_conv.weight.transpose(0, 1)
@@ -136,22 +208,31 @@ def dense_kernel(conv):
 
 
 def dilated_conv(rows, weight, bias, dilation):
-    """3x3 convolution (1, C, R + 2 * dilation, W) -> (1, O, R, W), zero-padded on the left and on the right.
+    """3x3 convolution of a strip, zero-padded on the left and right but not above and below.
 
-    Where rows are wide, oneDNN takes up to six times as long in bfloat16 for taps that are many rows apart. There, the
-    first ``dilation`` rows are taken as one long row, the next as the one below it, and so on: the taps are then one
-    row apart. Only at the edges, which saw the end of another row, is the result computed again.
+    In bfloat16 on a CPU, oneDNN takes up to six times as long where wide rows have a dilation. There, the strip is
+    regrouped so that the convolution is not dilated from row to row: each group of ``dilation`` neighbouring rows is
+    taken as one long row. What was ``dilation`` rows below a pixel is then one long row below it. Only the pixels
+    near the left and right edge come out wrong, because they see the end of a neighbouring row instead of padding;
+    they are computed again.
+
+    Args:
+        rows: (1, C, R + 2 * dilation, W), channels-last.
+        weight, bias: (O, C, 3, 3) and (O,).
+
+    Returns:
+        (1, O, R, W), channels-last.
     """
     height, width = rows.shape[2:]
-    wide = dilation > 1 and dilation * width >= 2**13 and rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
-    if not wide or height % dilation:
+    slow = dilation > 1 and dilation * width >= 2**13 and rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    if not slow or height % dilation:
         return F.conv2d(rows, weight, bias, padding=(0, dilation), dilation=dilation)
 
-    def reshape(features, height):
+    def regroup(features, height):
         return features.permute(0, 2, 3, 1).view(1, height, -1, features.shape[1]).permute(0, 3, 1, 2)
 
-    long = F.conv2d(reshape(rows, height // dilation), weight, bias, padding=(0, dilation), dilation=(1, dilation))
-    output = reshape(long, height - 2 * dilation)
+    long = F.conv2d(regroup(rows, height // dilation), weight, bias, padding=(0, dilation), dilation=(1, dilation))
+    output = regroup(long, height - 2 * dilation)
     edges = torch.cat((rows[..., : 2 * dilation], rows[..., -2 * dilation :]))
     left, right = F.conv2d(edges, weight, bias, padding=(0, dilation), dilation=dilation)
     output[..., :dilation], output[..., -dilation:] = left[..., :dilation], right[..., dilation:]
@@ -159,28 +240,66 @@ def dilated_conv(rows, weight, bias, dilation):
 
 
 def relu(features, out):
-    """ReLU, of 16-bit numbers as of integers, which have the same sign bit and take a quarter of the time."""
-    features = features.to(out.dtype)
-    if features.dtype.itemsize == 2:
-        features, out = features.view(torch.int16), out.view(torch.int16)
-    torch.clamp_min(features, 0, out=out)
+    """Write ReLU(features) to ``out``: a tensor of any dtype, or ``features`` itself. NaN stays NaN."""
+    torch.clamp_min(features.to(out.dtype), 0, out=out)
 
 
 def tanh_of_half_(features):
-    """tanh(features / 2) in place, as 2 sigmoid(features) - 1: on a CPU, PyTorch's sigmoid is six times as fast as its
-    tanh. The error is absolute, not relative: 2e-7."""
+    """tanh(features / 2), in place.
+
+    It is computed as 2 * sigmoid(features) - 1: on a CPU, PyTorch's sigmoid is six times as fast as its tanh. The
+    absolute error is up to 2e-7, also where the result is close to zero.
+    """
     return features.sigmoid_().mul_(2).sub_(1)
 
 
+@contextmanager
+def full_float32():
+    """While this is open, CUDA computes float32 convolutions and matrix products in float32, never in TF32.
+
+    TF32 keeps ten bits of each factor, which would show in the third digit of the output. The setting is that of the
+    whole process. It is restored at the end, and it changes nothing on a CPU.
+    """
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before):
+            setting.fp32_precision = precision
+
+
+# The network
+
+
 class GatedConv:
-    """The [3x3 convolution, CRA] of a residual branch as one convolution whose weights depend on the image."""
+    """One 3x3 convolution of a residual branch with the CRA that follows it, as one convolution.
+
+    CRA multiplies each channel of the convolution's output by a gate. The same output comes from a convolution whose
+    weights and bias are multiplied by the gates, which depend on the image.
+
+    Args:
+        conv: one of ``networks.RESIDUAL_CONVS``.
+        cra: a ``networks.CRA``, or None for a branch without.
+        dilation: of ``conv``.
+    """
 
     def __init__(self, conv, cra, dilation):
         self.weight, self.bias = dense_kernel(conv)
         self.cra, self.dilation = cra, dilation
 
     def fold(self, features, columns, dtype):
-        """(weight, bias) with CRA's gate for this input (a ``FeatureMap`` and its column sums) multiplied in."""
+        """Weight and bias for one image, the gates multiplied in.
+
+        Args:
+            features, columns: the convolution's input, a ``FeatureMap``, and its ``column_sums``.
+            dtype: of the result.
+
+        Returns:
+            (weight, bias): (O, I, 3, 3), channels-last, and (O,).
+        """
         weight, bias = self.weight, self.bias
         if self.cra is not None:
             sums = window_sums(features, columns, self.dilation)
@@ -192,14 +311,17 @@ class GatedConv:
 
 
 class StripRunner:
-    """SAPNet's weights prepared for inference in one precision.
+    """A ``SAPNet`` prepared for inference in one precision; call it with an image.
+
+    The weights are those that ``net`` has now: train on, and a new runner is needed.
 
     Args:
         net: a ``SAPNet``, any variant, on any device.
-        dtype: of the feature maps and the convolutions between them; the images and the LSTM's cell stay float32,
-            and so do the convolutions between float16 maps on a CPU: faster than float16's, with half the error.
-        max_memory: bytes. Where an image needs more on the CPU, its feature maps are mapped to a temporary file
-            (in the folder that TMPDIR names): the result is the same, at the speed of the disk.
+        dtype: torch.float32, bfloat16 or float16, of the feature maps and of the convolutions between them. The
+            images and the LSTM's cell are float32 in any case. So are the convolutions between float16 maps on a
+            CPU, which are faster than those in float16 and have half the error. float32 is not TF32, also on a GPU.
+        max_memory: bytes. On a CPU, the feature maps of an image that needs more (``memory``) are mapped to a
+            temporary file, in the folder that TMPDIR names. The result is the same, at the speed of the disk.
     """
 
     @torch.inference_mode()
@@ -217,22 +339,26 @@ class StripRunner:
                     for start in (0, step)
                 ]
             )
-        # Four convolutions of 32 channels: their results are contiguous, which halves the time of the sigmoids.
+        # Four convolutions of 32 channels and not one of 128 as in SAPNet: each result is contiguous, which halves the
+        # time of the sigmoids.
         self.gates = {gate: self.cast(getattr(net, f"conv_{gate}")[0]) for gate in GATES}
-        self.gates["g"] = tuple(2 * parameter for parameter in self.gates["g"])  # exact; what tanh_of_half_ takes
+        # tanh_of_half_ takes twice the tanh's argument. Doubling a number is exact.
+        self.gates["g"] = tuple(2 * parameter for parameter in self.gates["g"])
         self.conv0 = net.conv0[0].weight, net.conv0[0].bias
         self.conv = net.conv[0].weight, net.conv[0].bias
 
     def cast(self, conv):
+        """(weight, bias) of a convolution in the precision of the convolutions."""
         dtype = self.conv_dtype
         return conv.weight.to(dtype, memory_format=torch.channels_last), conv.bias.to(dtype)
 
     def memory(self, height, width):
-        """Bytes that an image of this size takes, beside its strips and itself."""
+        """Bytes of the feature maps of an image of this size. The strips, 5 to 50 MB, and the image come on top."""
         pixels = (height + 2 * MARGIN) * width
         return pixels * (3 * CHANNELS * self.dtype.itemsize + (CHANNELS + 9) * 4)
 
     @torch.inference_mode()
+    @full_float32()
     def __call__(self, rainy):
         """Derain one image.
 
@@ -240,7 +366,10 @@ class StripRunner:
             rainy: (1, 3, H, W) float32 in [0, 1].
 
         Returns:
-            (1, 3, H, W) float32, not clamped.
+            (1, 3, H, W) float32, not clamped. Where a NaN arises on the way, NaN is in the output too, in any dtype.
+
+        Raises:
+            RunError: the temporary file of an image that needs more than ``max_memory`` finds no room.
         """
         if runs_whole(rainy, self.dtype):
             with torch.autocast(rainy.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -264,26 +393,39 @@ class StripRunner:
                 columns = self.convolve(first, source, columns, scratch)
                 columns = self.convolve(second, scratch, columns, features, residual=source)
                 source = features
-            for start, stop in features.strips(lean=True):
+            for start, stop in features.strips(small=True):
                 estimate = F.conv2d(features.rows(start, stop, 1).float(), *self.conv, padding=(0, 1))
                 torch.add(estimate, rainy[:, :, start:stop], out=images.rows(start, stop)[:, 3:])
         return images.rows(0, height)[:, 3:].contiguous()
 
     def lstm(self, images, hidden, cell, output, first_stage):
-        """conv0 and the LSTM: update ``cell``, write the new hidden state to ``output``, return its column sums."""
+        """Run conv0 and the LSTM: update ``cell`` and write the new hidden state to ``output``.
+
+        Args:
+            images: ``FeatureMap`` of 6 channels, the rainy image and the current estimate.
+            hidden, cell, output: ``FeatureMap`` of 32 channels; ``hidden`` and ``cell`` of the stage before.
+            first_stage: whether there is no stage before; ``hidden`` and ``cell`` are then not read.
+
+        Returns:
+            (W, 32) the ``column_sums`` of ``output``.
+        """
         columns = 0
-        for start, stop in output.strips(lean=True):
+        for start, stop in output.strips(small=True):
             f = self.gate_input(images, None if first_stage else hidden, start, stop)
             rows = output.rows(start, stop)
             rows.copy_(self.step_cell(f, cell.rows(start, stop), first_stage))
             columns += column_sums(rows)
-            del f  # else it lives until the next strip's is made
+            del f  # or it would take memory until the next strip's is made
         return columns
 
     def gate_input(self, images, hidden, start, stop):
-        """What the gates' convolutions of a strip see: conv0's features, and the hidden state if there is one."""
+        """Input of the gates' convolutions for a strip, a row above and below included.
+
+        Returns:
+            (1, 64, stop - start + 2, W): conv0's features and the hidden state; without ``hidden`` only the first 32.
+        """
         f = F.conv2d(images.rows(start, stop, 2), *self.conv0, padding=(0, 1)).relu_().to(self.conv_dtype)
-        # Rows of f outside the image are padding of the gates, not convolutions of padding.
+        # The gates' convolutions are zero-padded, so rows outside the image are zero, not what conv0 gives there.
         if start == 0:
             f[:, :, 0] = 0
         if stop == images.height:
@@ -291,7 +433,7 @@ class StripRunner:
         return f if hidden is None else torch.cat((f, hidden.rows(start, stop, 1).to(f.dtype)), 1)
 
     def step_cell(self, f, cell, first_stage):
-        """Update a strip of the cell from the gates' input ``f``; return the new hidden state."""
+        """Update a strip of ``cell`` from the gates' input ``f`` and return the strip's new hidden state."""
 
         def gate(name):
             weight, bias = self.gates[name]
@@ -306,7 +448,17 @@ class StripRunner:
         return tanh_of_half_(2 * cell).mul_(gate("o").sigmoid_())
 
     def convolve(self, conv, source, columns, output, residual=None):
-        """ReLU(conv(source)), and with a residual ReLU of the sum with it, to ``output``; return its column sums."""
+        """Write ReLU(conv(source)) to ``output``, or with a residual ReLU(ReLU(conv(source)) + residual).
+
+        Args:
+            conv: a ``GatedConv``.
+            source, output: ``FeatureMap``, not the same one.
+            columns: ``column_sums`` of ``source``.
+            residual: ``FeatureMap``; it may be ``output``, which is then replaced.
+
+        Returns:
+            (W, 32) the ``column_sums`` of ``output``.
+        """
         weight, bias = conv.fold(source, columns, self.conv_dtype)
         dilation, columns = conv.dilation, 0
         for start, stop in source.strips():
@@ -319,19 +471,27 @@ class StripRunner:
                 relu(v, out=v)
                 total = rows if rows.dtype == v.dtype else v
                 torch.add(v, residual.rows(start, stop).to(v.dtype), out=total)
-                if residual is not output:  # the hidden state; later residuals are sums of ReLUs
+                # Only the first residual, the hidden state, has negative values. The later ones are results of this
+                # function, which the output replaces, and need no further ReLU.
+                if residual is not output:
                     relu(total, out=total)
                 if total is v:
                     rows.copy_(v)
             columns += column_sums(rows)
-            del seen, v  # else they live until the next strip's are made
+            del seen, v  # or they would take memory until the next strip's are made
         return columns
 
 
 def self_ensemble(runner):
-    """A function like ``runner`` that returns its mean over the image, its mirror image, and both upside down.
+    """Average a runner's results over four views: the image, its mirror image, and both upside down.
 
-    Not over quarter turns: a network that was trained on falling rain takes lying rain for texture.
+    Quarter turns are left out: a network that was trained on falling rain takes lying rain for texture.
+
+    Args:
+        runner: a ``StripRunner``, or any function from (1, 3, H, W) to (1, 3, H, W).
+
+    Returns:
+        A function of the same kind. It takes four times as long.
     """
     flips = (), (2,), (3,), (2, 3)
     return lambda rainy: sum(runner(rainy.flip(dims)).flip(dims) for dims in flips) / len(flips)

@@ -2,8 +2,8 @@
 
     python -c "import torch; from losses import focal_loss; print(focal_loss(torch.randn(1, 21, 8, 8)))"
 
-The semantic terms look at images through frozen ImageNet networks, whose files ``load_backbone`` finds. Called under
-autocast, these networks run in its precision; everything after their features is computed in that of the images.
+The semantic terms compare images by the features of frozen ImageNet networks, whose weights ``load_backbone`` finds.
+Under autocast, these networks run in its precision; what follows on their features is computed in the images' own.
 """
 import sys
 import warnings
@@ -17,17 +17,18 @@ from torch import nn
 from torchvision.models import get_model_weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from networks import UBS, ImageNetNormalise, fixed_seed
+from checkpoints import load_weights
+from networks import SEG_BACKBONES, UBS, ImageNetNormalise, fixed_seed
 from SSIM import ssim
-from utils import InputError, load_weights
+from utils import InputError, add_flag, at_least
 
 PIXEL_LOSSES = ("ssim", "mse", "mse+ssim")
-PSNR_FLOOR = 1e-5  # added to the MSE: beyond 50 dB a patch asks for little more
+PSNR_FLOOR = 1e-5  # added to the MSE, so that patches of more than 50 dB have a small gradient
 WEIGHTS = {"contrast": 0.4, "lpips": 1.0, "segmentation": 0.1}  # 0.1 * (4 * PCL) + 0.1 * (10 * LPISL) + 0.1 * UBS
 SWITCHES = {"contrast": "--use_contrast", "lpips": "--use_lpips", "segmentation": "--use_seg_stage1"}
 PCL_LAYERS = ((0, 4, 1 / 32), (4, 9, 1 / 16), (9, 16, 1 / 8), (16, 23, 1 / 4))  # first, end, w; end: relu1_2 to relu4_3
 LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
-SMALLEST_IMAGE = {"alex": 31, "vgg": 16, "squeeze": 17}  # side in px that leaves LPIPS's last layer a pixel
+SMALLEST_IMAGE = {"alex": 31, "vgg": 16, "squeeze": 17}  # px: with smaller sides, LPIPS's last layer has no pixel
 BACKBONE_WEIGHTS = ("pretrained", "random")
 
 
@@ -35,13 +36,18 @@ BACKBONE_WEIGHTS = ("pretrained", "random")
 
 
 def find_backbone(name, backbone_dir):
-    """The weights file of torchvision's network ``name`` and what to say when it is missing or wrong.
+    """Find the weights file of a network of torchvision.
 
     Looks in ``backbone_dir`` for torchvision's file name, then for any file that begins with the network's name,
-    then in torchvision's cache, and downloads the file only if ``backbone_dir`` is None.
+    then in torchvision's cache. The file is downloaded only if ``backbone_dir`` is None.
+
+    Args:
+        name: of the network, as in ``torchvision.models``.
+        backbone_dir: a folder, or None.
 
     Returns:
-        (path or None, advice)
+        (path, advice): the path is None where there is no file. The advice belongs into an error about the file: it
+        says what was expected, and where.
     """
     url = get_model_weights(name)["IMAGENET1K_V1"].url
     file_name = url.rsplit("/", 1)[1]
@@ -68,11 +74,12 @@ def load_backbone(net, name, term, backbone_dir=None, backbone_weights="pretrain
     """Give ``net`` the ImageNet weights of torchvision's network ``name``.
 
     Args:
-        net: a module with torchvision's names, "features." left out. It may be a part of the network, and the file
-            may hold more than it, in any floating type.
-        term: what needs the network, a key of ``WEIGHTS``; errors name the option that switches it off.
-        backbone_dir: folder to look in before torchvision's cache; None also downloads.
-        backbone_weights: "random" leaves ``net`` as it is, and says so.
+        net: the network or its first layers, with torchvision's names but for the prefix "features.". The file may
+            hold further layers, and its numbers may have any floating type.
+        name: of the network, as in ``torchvision.models``.
+        term: the loss that needs the network, a key of ``WEIGHTS``. Errors name the option that switches it off.
+        backbone_dir: folder to look in before torchvision's cache; with None, a missing file is downloaded.
+        backbone_weights: one of ``BACKBONE_WEIGHTS``; "random" leaves ``net`` as it is and prints a warning.
 
     Raises:
         InputError: no such file, or not one of this network.
@@ -96,19 +103,20 @@ def load_backbone(net, name, term, backbone_dir=None, backbone_weights="pretrain
 
 
 class FrozenLoss(nn.Module):
-    """A loss that looks through a frozen network: always in evaluation mode, and its weights get no gradient."""
+    """Base of the losses that use a frozen network: it stays in evaluation mode, and its weights get no gradient."""
 
     def freeze(self):
+        """Freeze all weights; called at the end of ``__init__``."""
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode=True):
-        """Stay in evaluation mode, whatever ``mode`` the owner is set to."""
+        """Stay in evaluation mode, also where a module that holds this one is set to training mode."""
         return super().train(False)
 
 
 def full_precision(images):
-    """A context without autocast: differences and sums are taken in the images' own type."""
+    """A context in which autocast is off, so that differences and sums are computed in the images' own type."""
     return torch.autocast(images.device.type, enabled=False)
 
 
@@ -123,8 +131,14 @@ def psnr_loss(derained, clean):
     return 10 * ((derained - clean).square().mean((1, 2, 3)) + PSNR_FLOOR).log10().mean()
 
 
+def batch_psnr(derained, clean):
+    """The mean PSNR in dB of a batch, (N, 3, H, W) in [0, 1] each, on RGB and not rounded to 8 bits."""
+    error = (derained.clamp(0, 1) - clean).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10().mean()
+
+
 class PerceptualContrastiveLoss(FrozenLoss):
-    """PCL (paper, section 3): derained features near the clean ones and far from the rainy ones.
+    """PCL (paper, section 3) pulls the derained image's features to the clean image's and away from the rainy image's.
 
     sum over l of w_l * L1(phi_l(derained), phi_l(clean)) / (L1(phi_l(derained), phi_l(rainy)) + 1e-7), with phi_l the
     features of ImageNet VGG-16 after relu1_2, relu2_2, relu3_3, relu4_3 and w = 1/32, 1/16, 1/8, 1/4.
@@ -151,7 +165,7 @@ class PerceptualContrastiveLoss(FrozenLoss):
         return features
 
     def layer_ratios(self, derained, clean, rainy):
-        """The four ratios that ``forward`` weighs and adds, shallowest layer first."""
+        """The ratio of the two L1 distances in each of the four layers, the first layer first."""
         with torch.no_grad():
             fixed = [features.chunk(2) for features in self.features(torch.cat((clean, rainy)))]
         return [
@@ -166,7 +180,7 @@ class PerceptualContrastiveLoss(FrozenLoss):
 
 
 class LPIPSLoss(FrozenLoss):
-    """LPISL: learned perceptual image patch similarity (Zhang et al. 2018; paper, section 3), the batch's mean.
+    """LPISL (paper, section 3): learned perceptual image patch similarity (Zhang et al. 2018), mean over the batch.
 
     Args:
         net: a key of ``LPIPS_NETS``.
@@ -185,7 +199,7 @@ class LPIPSLoss(FrozenLoss):
         self.freeze()
 
     def features(self, images):
-        """(N, 3, H, W) in [0, 1] -> a list of (N, C, h, w), of unit length over the channels."""
+        """(N, 3, H, W) in [0, 1] -> a list of (N, C, h, w); the C channels of each pixel have unit length."""
         features = self.metric.net(self.metric.scaling_layer(2 * images - 1))
         # Not lpips.normalize_tensor, whose gradient is NaN where all channels of a pixel are zero.
         return [F.normalize(x.to(images.dtype), dim=1, eps=1e-10) for x in features]
@@ -199,13 +213,13 @@ class LPIPSLoss(FrozenLoss):
             reference = self.features(clean)
         features = self.features(derained)
         with full_precision(derained):
-            # The linear layer and the spatial mean commute, and the mean leaves less to do.
+            # The spatial mean comes before the linear layer: the result is the same, with less to compute.
             differences = [(x - y).square().mean((2, 3), keepdim=True) for x, y in zip(features, reference)]
             return sum(layer(difference).mean() for layer, difference in zip(self.metric.lins, differences))
 
 
 def focal_loss(logits, gamma=2):
-    """Softmax focal loss on the logits' own argmax (Lin et al. 2017; paper, section 3).
+    """Softmax focal loss (Lin et al. 2017; paper, section 3), whose target is the likeliest class of each pixel.
 
     Args:
         logits: (N, K, h, w), any floating type.
@@ -218,7 +232,7 @@ def focal_loss(logits, gamma=2):
 
 
 class SegmentationLoss(FrozenLoss):
-    """Unsupervised segmentation loss (paper, section 3): how unsure a frozen UBS is about the derained image.
+    """Unsupervised segmentation loss (paper, section 3): how uncertain the frozen UBS is about the derained image.
 
     Args:
         num_of_SegClass, backbone: as for ``UBS``.
@@ -237,12 +251,12 @@ class SegmentationLoss(FrozenLoss):
 
 
 class DerainLoss(nn.Module):
-    """The pixel loss plus the weighted further terms, and each term by name.
+    """The training loss: the pixel loss plus the weighted sum of the other terms.
 
     Args:
         pixel_loss: one of ``PIXEL_LOSSES``; "ssim" is the negative SSIM.
-        weights: {name: weight} of the semantic terms, names as in ``WEIGHTS``, and of "psnr_loss"; a term that is
-            absent or zero is neither built nor computed.
+        weights: {name: weight} of the other terms: those of ``WEIGHTS``, and "psnr_loss". A term that is absent or
+            has the weight 0 is neither built nor computed.
         lpips_net: a key of ``LPIPS_NETS``.
         num_of_SegClass, seg_backbone: as for ``UBS``.
         backbone_dir, backbone_weights: as for ``load_backbone``.
@@ -274,7 +288,8 @@ class DerainLoss(nn.Module):
             skip: names of semantic terms to leave out this time.
 
         Returns:
-            (total, terms): a scalar with gradient to ``derained``, and {name: unweighted scalar}.
+            (total, terms): the loss, a scalar with gradient to ``derained``, and {name: scalar} of all terms as they
+            are before they are weighted.
         """
         terms = {}
         with full_precision(derained):
@@ -290,3 +305,57 @@ class DerainLoss(nn.Module):
                 terms[name] = getattr(self, name)(*images[name])
         total = sum(self.weights.get(name, 1) * value for name, value in terms.items())
         return total, terms
+
+
+# Options
+
+
+def add_loss_options(group):
+    """Add train.py's options of the losses."""
+    group.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="ssim", help="ssim is the negative SSIM")
+    group.add_argument("--w_psnr", type=at_least(0, float), default=0, help="weight of the negative PSNR in dB")
+    add_flag(group, "--use_contrast", True, "add the perceptual contrastive loss (PCL)")
+    add_flag(group, "--use_lpips", True, "add the learned perceptual image similarity loss (LPISL)")
+    add_flag(group, "--use_seg_stage1", True, "add the loss of the background segmentation network (UBS)")
+    group.add_argument("--w_contrast", type=at_least(0, float), default=WEIGHTS["contrast"], help="weight of PCL")
+    group.add_argument("--w_lpips", type=at_least(0, float), default=WEIGHTS["lpips"], help="weight of LPISL")
+    group.add_argument("--w_seg", type=at_least(0, float), default=WEIGHTS["segmentation"], help="weight of UBS")
+    group.add_argument("--seg_start_epoch", type=at_least(0), default=50, metavar="EPOCH", help="UBS joins after it")
+    group.add_argument("--lpips_net", choices=LPIPS_NETS, default="alex", help="backbone of LPISL")
+    group.add_argument("--num_of_SegClass", type=at_least(2), default=21, metavar="N", help="classes of UBS")
+    group.add_argument("--seg_backbone", choices=SEG_BACKBONES, default="resnet101", help="backbone of UBS")
+    group.add_argument(
+        "--backbone_dir", type=Path, metavar="DIR",
+        help="folder with torchvision's weights of the backbones (default: torchvision's cache, filled by download)",
+    )
+    group.add_argument(
+        "--backbone_weights", choices=BACKBONE_WEIGHTS, default="pretrained",
+        help="random is for tests and dry runs only",
+    )
+
+
+def build_criterion(args, device):
+    """The pixel loss and those further terms that the run will come to use."""
+    weights = {
+        "psnr_loss": args.w_psnr,
+        "contrast": args.w_contrast if args.use_stage1 and args.use_contrast else 0,
+        "lpips": args.w_lpips if args.use_stage1 and args.use_lpips else 0,
+        "segmentation": args.w_seg if args.use_stage1 and args.use_seg_stage1 else 0,
+    }
+    if weights["segmentation"] and args.seg_start_epoch >= args.epochs:
+        print(
+            f"segmentation loss: not used, as --seg_start_epoch {args.seg_start_epoch}"
+            f" is not under --epochs {args.epochs}"
+        )
+        weights["segmentation"] = 0
+    smallest = SMALLEST_IMAGE[args.lpips_net]
+    if weights["lpips"] and args.patch_size < smallest:
+        expected = f"expected {smallest} or more for --lpips_net {args.lpips_net}, or --use_lpips False"
+        raise InputError(f"--patch_size {args.patch_size}: {expected}")
+    criterion = DerainLoss(
+        args.pixel_loss, weights, args.lpips_net, args.num_of_SegClass, args.seg_backbone, args.backbone_dir,
+        args.backbone_weights,
+    )
+    terms = [args.pixel_loss, *(f"{weight:g} {name}" for name, weight in criterion.weights.items())]
+    print("loss:", " + ".join(terms), flush=True)
+    return criterion.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)

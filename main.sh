@@ -1,29 +1,31 @@
 #!/usr/bin/env bash
-# Test on Rain100H and on Rain100L, each with the bundled model that is best there. Extra arguments go to test.py:
+# Test Rain100H with the general weights and Rain100L with those for light rain. Once a run of yours has left weights in
+# logs/SAPNet/Model11, both sets are tested with those. Further arguments go to test.py and win over those given here:
 #
 #     bash main.sh --device cuda
 #     bash main.sh --save_path CHECKPOINT
 #
-# The images go to results/SET/MODEL. A set that is not under datasets/test is named, and the bundled sample is tested
-# instead.
+# A set that is not under datasets/test is named, and the bundled sample is tested instead.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-derain() {  # SET MODEL [OPTION...]
-    echo "== $1"
-    python test.py --save_path "logs/SAPNet/$2" --test_data_path "datasets/test/$1" "${@:3}"
+missing=false
+derain() {  # SET [OPTION...]
+    if [ -d "datasets/test/$1" ]; then
+        echo "== python test.py --test_data_path datasets/test/$1 ${*:2}"
+        python test.py --test_data_path "datasets/test/$1" "${@:2}"
+    else
+        echo "datasets/test/$1 is not there: README.md, section Data, says where to get it"
+        missing=true
+    fi
 }
 
-sample=false
-for pair in Rain100H:Model11 Rain100L:Rain100L; do
-    name=${pair%:*} model=${pair#*:}
-    if [ -d "datasets/test/$name" ]; then
-        derain "$name" "$model" "$@"
-    else
-        echo "datasets/test/$name is not there: README.md, section Data, says where to get it; testing the bundled sample instead"
-        sample=true
-    fi
-done
-if $sample; then
-    derain RainSample Model11 "$@"
+light=weights/light.pth
+if [ -e logs/SAPNet/Model11/net_latest.pth ]; then
+    light=logs/SAPNet/Model11
+fi
+derain Rain100H "$@"
+derain Rain100L --save_path "$light" "$@"
+if $missing; then
+    derain RainSample "$@"
 fi

@@ -9,9 +9,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import get_model
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
 
 CHANNELS = 32
 DILATIONS = (1, 2, 4, 8, 16)
@@ -198,6 +195,11 @@ class UBS(nn.Module):
     """
 
     def __init__(self, num_of_SegClass=21, backbone="resnet101"):
+        # Imported here, as deraining does not need torchvision and would start seconds later.
+        from torchvision.models import get_model
+        from torchvision.models.detection.backbone_utils import BackboneWithFPN
+        from torchvision.ops import FrozenBatchNorm2d
+
         super().__init__()
         self.normalise = ImageNetNormalise()
         with fixed_seed():

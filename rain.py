@@ -1,12 +1,11 @@
 """Synthesise rain on clean photographs and write training or test pairs in PReNet's layouts.
 
-    python rain.py --clean datasets/clean --out datasets/train/RainSynth --preset heavy --per_image 2
+    python rain.py --clean scikit-image --out datasets/train/RainSynth --preset heavy --per_image 20
 
-The rain model is that of Rain100L and Rain100H: rainy = min(255, clean + S), with one grey streak layer S >= 0.
---streaks datasets/train/RainTrainL takes S from real pairs instead of drawing it.
-The bundled test/RainSample was made from photographs that scikit-image ships (public domain or CC0) by
+draws rain on four photographs that come with scikit-image (public domain or CC0). --clean may also name a folder of
+clean photographs, and --streaks a folder of pairs whose rain is taken instead of drawing it.
 
-    python rain.py --clean scikit-image --out datasets/test/RainSample --preset light heavy --per_image 2 --layout test
+The rain model is that of Rain100L and Rain100H: rainy = min(255, clean + S), where S >= 0 is one grey layer of streaks.
 """
 import argparse
 from dataclasses import dataclass
@@ -16,28 +15,32 @@ import cv2
 import numpy as np
 import skimage.data
 
-from DerainDataset import check_sizes, find_pairs
-from utils import InputError, at_least, find_images, progress, read_rgb, run_script, write_image
+from images import find_images, read_rgb, write_image
+from pairs import find_pairs, read_pair, report_left_out
+from utils import InputError, at_least, progress, run_script
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Ranges that a streak layer is drawn from; lengths and widths in px, levels in grey levels of 255."""
+    """Ranges that a streak layer is drawn from; lengths and widths in px, levels in grey levels of 255.
 
-    mean: tuple  # of the whole layer; drawn uniformly
-    directions: tuple  # distinct streak directions in one image
-    angle: float  # largest angle from the vertical, degrees; small ones are more frequent
-    spread: tuple  # standard deviation of the streaks of one direction, degrees
-    length: tuple  # typical of an image; drawn uniformly in its logarithm
-    width: tuple  # one of these
-    level: tuple  # (a, b): a streak's typical level is a + b * mean
-    scatter: float  # standard deviation of the logarithm of the levels in a pass
+    A layer is drawn in passes, each of nearly parallel streaks of about the same length and level (``draw_pass``).
+    """
+
+    mean: tuple  # range of the mean of the whole layer, drawn uniformly
+    directions: tuple  # range of the number of streak directions in one layer
+    angle: float  # largest angle from the vertical, degrees; small angles are drawn more often
+    spread: tuple  # range of the standard deviation of the angles of one direction, degrees
+    length: tuple  # range of the typical length of a layer's streaks, drawn uniformly in its logarithm
+    width: tuple  # each streak has one of these widths
+    level: tuple  # (a, b): the typical level of a layer's streaks is a + b * mean
+    scatter: float  # standard deviation of the logarithm of the levels within a pass
     hard_edged: float  # share of the passes that are not blurred
-    blur: tuple  # standard deviation of the blur of the others, px
-    cover: tuple  # summed length of the streaks of a pass, px a pixel
+    blur: tuple  # range of the standard deviation of the other passes' blur, px
+    cover: tuple  # range of the total length of a pass's streaks, px for each pixel of the image
 
 
-# Chosen so that the rain looks to rain_stats.py like that of RainTrainL and of 18 pairs of RainTrainH.
+# Chosen so that rain_stats.py measures the same as on RainTrainL and on 18 pairs of RainTrainH.
 PRESETS = {
     "light": Preset(
         mean=(1.5, 10), directions=(1, 1), angle=32, spread=(0, 1), length=(13, 100), width=(1,), level=(16, 2.9),
@@ -48,23 +51,33 @@ PRESETS = {
         level=(30, 0.38), scatter=0.45, hard_edged=0.5, blur=(0.4, 0.75), cover=(0.02, 0.08),
     ),
 }
-MAX_LEVEL = 230  # of one streak
+MAX_LEVEL = 230  # grey level of the brightest streak
 MAX_PASSES = 200
-VARY_ANGLE = 8  # largest shear of mixed rain, degrees
-VARY_WIDTH = 1.25  # largest factor on its widths
-VARY_LENGTH = 1.6  # and on its lengths
-VARY_LEVEL = 1.35  # and on its levels
-VARY_JOINED = 0.35  # share of two layers in one, as where rain falls in two directions
-JOINED_LEVEL = 0.6  # of each of the two: together a little more rain than one
+# ``vary_streaks``: the largest shear in degrees, and the largest factors on widths, lengths and levels.
+VARY_ANGLE, VARY_WIDTH, VARY_LENGTH, VARY_LEVEL = 8, 1.25, 1.6, 1.35
+VARY_JOINED = 0.35  # how often a layer and its mirror image are added up: rain that falls in two directions
+JOINED_LEVEL = 0.6  # factor on both layers then, so that the sum has a little more rain than one layer
 # Eileen Collins (NASA), Chelsea (S. van der Walt), a coffee cup (R. Michetti), a Falcon 9 (SpaceX).
 SAMPLE_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 SAMPLE_SIDE = 288  # px, the longer one: keeps the bundled files small
 
 
 def draw_pass(shape, direction, spread, length, level, preset, rng):
-    """One pass of nearly parallel segments of about one length and grey level: (H, W) float32 in [0, 255]."""
+    """Draw one pass of nearly parallel streaks.
+
+    Args:
+        shape: (H, W) of the layer.
+        direction, spread: mean and standard deviation of the angles from the vertical, degrees.
+        length: mean length of the streaks, px.
+        level: their median grey level.
+        preset: a ``Preset``, for all else.
+        rng: ``numpy.random.Generator``.
+
+    Returns:
+        (H, W) float32 in [0, 255].
+    """
     size, mean_angle = np.array(shape[::-1]), np.radians(direction)
-    # Centres outside the frame too, or its borders would be dry.
+    # Some centres lie outside the frame, or its borders would be dry.
     margin = 0.75 * length * np.abs((np.sin(mean_angle), np.cos(mean_angle)))
     count = max(1, round(rng.uniform(*preset.cover) * np.prod(size + 2 * margin) / length))
     angles = mean_angle + np.radians(rng.normal(0, spread, count))
@@ -98,7 +111,7 @@ def streak_layer(height, width, preset, rng):
     directions = rng.triangular(-preset.angle, 0, preset.angle, count)
     spread, length = rng.uniform(*preset.spread), np.exp(rng.uniform(*np.log(preset.length)))
     piled = rng.random() < 0.5
-    # Where streaks hide one another instead of adding up, they must be brighter for the same mean.
+    # Streaks that hide one another instead of adding up must be brighter to give the same mean.
     level = (preset.level[0] + preset.level[1] * target) * (1 if piled else 1.5)
     layer = np.zeros((height, width), np.float32)
     for _ in range(MAX_PASSES):
@@ -118,9 +131,9 @@ def add_rain(clean, streaks):
 def extract_streaks(rainy, clean):
     """The streak layer S of a pair, so that ``add_rain(clean, S)`` is the rainy image again.
 
-    S is exact where a channel of the rainy image is below 255. Where all three are full it is the least that fills
-    them: rain in front of a white sky is lost. A pair that is not clean + S (``follows_model``) gives the largest of
-    the channels' differences, 0 where all are negative.
+    S is exact where a channel of the rainy image is below 255. Where all three channels are 255, S is the least that
+    makes them so: rain in front of a white sky cannot be known. For a pair that is not clean + S (``follows_model``),
+    the result is the largest difference of the three channels, and 0 where all three are negative.
 
     Args:
         rainy, clean: (H, W, 3) uint8.
@@ -137,7 +150,10 @@ def follows_model(rainy, clean):
 
 
 def fit_streaks(streaks, height, width, rng):
-    """A (height, width) cut of a streak layer at random, mirrored or not; tiled where too small, never resampled."""
+    """A (height, width) cut of a streak layer, at a random place and mirrored half of the time.
+
+    A layer that is too small is tiled. It is never resampled.
+    """
     tiles = -(-height // streaks.shape[0]), -(-width // streaks.shape[1])
     streaks = np.tile(streaks, tiles)
     top, left = (rng.integers(0, have - need + 1) for have, need in zip(streaks.shape, (height, width)))
@@ -146,15 +162,16 @@ def fit_streaks(streaks, height, width, rng):
 
 
 def vary_streaks(streaks, lost, rng):
-    """Another layer with streaks of the same kind, so that a few layers do for training.
+    """Turn a streak layer into another one of the same kind, so that a few layers are enough for training.
 
-    It is turned upside down or not, sheared, stretched across and along, its opposite edges joined, and brighter or
-    darker; at times its mirror image is added to it. Where the rain was lost in front of white, that of another place
-    fills in.
+    The layer is sheared, stretched in both directions and made brighter or darker, each by a random amount. Half of
+    the time it is turned upside down first, and sometimes its mirror image is added to it. What leaves the frame on
+    one side comes back on the other.
 
     Args:
         streaks: (H, W) uint8.
-        lost: (H, W) bool, True where ``streaks`` is only the least that the rain may have been.
+        lost: (H, W) bool, True where the rain is not known, as it fell in front of white. There, the rain of another
+            place of the layer is taken.
         rng: ``numpy.random.Generator``.
 
     Returns:
@@ -178,19 +195,20 @@ def vary_streaks(streaks, lost, rng):
 
 @dataclass(frozen=True)
 class TrainingRain:
-    """New rain for training patches: drawn, or that of another pair; train.py's --rain_synth, --rain_mix, --rain_vary.
+    """New rain for training patches, drawn or taken from another pair: --rain_synth, --rain_mix, --rain_vary.
 
-    A patch of a pair keeps its own rain with what is left of probability 1. One of a photograph without rain has none
-    to keep, so it is drawn on or mixed, in the proportion of the two.
+    A patch of a pair gets drawn rain with probability ``synth``, that of another patch with probability ``mix``, and
+    otherwise keeps its own. A patch of a photograph without rain always gets new rain, drawn or of another patch in
+    the proportion of ``synth`` to ``mix``.
     """
 
     synth: float = 0  # probability of drawn rain
-    preset: str = "both"  # a key of PRESETS, or "both" for either
+    preset: str = "both"  # a key of PRESETS, or "both" for one of them at random
     mix: float = 0  # probability of the rain of another patch
-    vary: float = 0  # probability that the rain of another patch is varied
+    vary: float = 0  # probability that rain of another patch goes through ``vary_streaks``
 
     def check_donor(self, rainy, clean, name):
-        """Refuse to mix the rain of pairs that are not clean + S; ``name`` is what the error names."""
+        """Raise ``InputError``, which names the pair ``name``, unless the pair is exactly clean + S."""
         if not follows_model(as_bytes(rainy), as_bytes(clean)):
             raise InputError(
                 f"--rain_mix: {name} is not its clean image plus one grey layer of streaks, as in sets stored as JPEG;"
@@ -222,26 +240,62 @@ class TrainingRain:
         return add_rain(clean, streaks)
 
 
+def add_rain_options(group):
+    """Add train.py's options of new rain: --rain_mix, --rain_vary, --rain_synth."""
+    group.add_argument(
+        "--rain_mix", type=at_least(0, float), default=0, metavar="P",
+        help="share of the patches that get the rain of another patch",
+    )
+    group.add_argument(
+        "--rain_vary", type=at_least(0, float), default=0, metavar="P",
+        help="share of the mixed rain that is sheared, stretched, crossed and scaled in level",
+    )
+    group.add_argument(
+        "--rain_synth", nargs=2, metavar=("PRESET", "P"),
+        help="share of the patches that get drawn rain (light, heavy, both); folders of clean photographs will do then",
+    )
+
+
+def check_rain_options(parser, args):
+    """Make args.rain_synth [preset, share], and end the program in a sentence where the shares make no sense."""
+    if args.rain_synth:
+        preset, text = args.rain_synth
+        try:
+            args.rain_synth = [preset, float(text)]
+        except ValueError:
+            args.rain_synth = [preset, -1]
+        if preset not in (*PRESETS, "both") or not 0 <= args.rain_synth[1] <= 1:
+            expected = f"{', '.join(PRESETS)} or both and a number from 0 to 1"
+            parser.error(f"argument --rain_synth: expected {expected}, got {preset} {text}")
+    if args.rain_mix + (args.rain_synth[1] if args.rain_synth else 0) > 1:
+        parser.error("arguments --rain_mix and --rain_synth: expected shares that add up to 1 or less")
+    if args.rain_vary > (1 if args.rain_mix else 0):
+        parser.error(f"argument --rain_vary: expected 0 to 1, and --rain_mix with it, got {args.rain_vary:g}")
+
+
 def as_bytes(image):
-    """A uint8 array as it is, one in [0, 1] scaled to 255 and rounded."""
+    """A uint8 array as it is, and a float array in [0, 1] as uint8, rounded."""
     return image if image.dtype == np.uint8 else np.rint(255 * image).astype(np.uint8)
 
 
 def sample_photograph(name):
-    """A photograph that scikit-image ships, shrunk to ``SAMPLE_SIDE``: (H, W, 3) uint8."""
+    """One of ``SAMPLE_PHOTOGRAPHS``, its longer side shrunk to ``SAMPLE_SIDE`` px: (H, W, 3) uint8."""
     image = getattr(skimage.data, name)()
     height, width = image.shape[:2]
     scale = SAMPLE_SIDE / max(height, width)
     return cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
 
 
-def read_streaks(pair):
-    """The streak layer of a pair of files; pairs that are not clean + S are refused."""
-    check_sizes(pair)
-    rainy, clean = read_rgb(pair.rainy), read_rgb(pair.clean)
+def read_streaks(pair, option):
+    """The streak layer of a pair of files, (H, W) uint8.
+
+    Raises:
+        InputError: the pair is not clean + S; ``option`` is the one that the error names.
+    """
+    rainy, clean = read_pair(pair)
     if not follows_model(rainy, clean):
         raise InputError(
-            f"--streaks: {pair.rainy} is not {pair.clean.name} plus one grey layer of streaks, as in sets stored as"
+            f"{option}: {pair.rainy} is not {pair.clean.name} plus one grey layer of streaks, as in sets stored as"
             " JPEG; expected pairs such as RainTrainL's"
         )
     return extract_streaks(rainy, clean)
@@ -273,28 +327,34 @@ def parse_args():
     return parser.parse_args()
 
 
+def output_paths(folder, layout, number):
+    """The paths of the rainy and of the clean image of pair ``number`` in one of the layouts of --layout."""
+    if layout == "train":
+        return folder / f"rain-{number}.png", folder / f"norain-{number}.png"
+    return folder / "rainy" / f"rain-{number:03d}.png", folder / f"norain-{number:03d}.png"
+
+
 def main():
     args = parse_args()
     bundled = args.clean == "scikit-image"
     photographs = SAMPLE_PHOTOGRAPHS if bundled else find_images(args.clean, "--clean")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"--out {args.out}: expected a new or an empty folder")
-    pairs = find_pairs(args.streaks, "--streaks")[0] if args.streaks else []
+    pairs = []
+    if args.streaks:
+        pairs, alone, unused = find_pairs(args.streaks, "--streaks")
+        report_left_out(args.streaks, [*alone, *unused])
     jobs = [(photograph, k) for photograph in photographs for k in range(args.per_image)]
     for number, (photograph, k) in enumerate(progress(jobs, "drawing rain"), 1):
         clean = sample_photograph(photograph) if bundled else read_rgb(photograph)
+        height, width = clean.shape[:2]
         rng = np.random.default_rng((args.seed, number))
         if pairs:
-            streaks = fit_streaks(read_streaks(pairs[rng.integers(len(pairs))]), *clean.shape[:2], rng)
+            streaks = fit_streaks(read_streaks(pairs[rng.integers(len(pairs))], "--streaks"), height, width, rng)
         else:
-            streaks = streak_layer(*clean.shape[:2], args.preset[k % len(args.preset)], rng)
-        rainy = add_rain(clean, streaks)
-        if args.layout == "train":
-            rainy_path, clean_path = args.out / f"rain-{number}.png", args.out / f"norain-{number}.png"
-        else:
-            rainy_path = args.out / "rainy" / f"rain-{number:03d}.png"
-            clean_path = args.out / f"norain-{number:03d}.png"
-        write_image(rainy_path, rainy)
+            streaks = streak_layer(height, width, args.preset[k % len(args.preset)], rng)
+        rainy_path, clean_path = output_paths(args.out, args.layout, number)
+        write_image(rainy_path, add_rain(clean, streaks))
         write_image(clean_path, clean)
     print(f"{len(jobs)} pairs from {len(photographs)} photographs in {args.out}")
 

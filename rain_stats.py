@@ -1,10 +1,11 @@
-"""Compare drawn rain with that of real pairs, in a table and a picture.
+"""Compare drawn rain with the rain of given pairs, in a table and a picture.
 
-    python rain_stats.py --data_path datasets/train/RainTrainL datasets/train/RainTrainH --output results/rain
+    python rain_stats.py --data_path datasets/test/RainSample --output results/RainSample/rain
 
-writes rain.md and rain.jpg. Each preset is drawn on the clean images of each set, and all layers S are taken from the
-rainy images in the same way (rain.extract_streaks), so that full pixels count alike. The picture shows statistics and
-drawn layers, and nothing of the sets.
+writes rain.md and rain.jpg to results/RainSample. For each data set, both presets of rain.py are drawn on its clean
+images. Given and drawn rain are measured alike: the streak layer S is extracted from the rainy image in both cases
+(rain.extract_streaks), as it is not exact where the image is white. The picture shows the statistics and drawn layers,
+but no image of the data sets.
 """
 import argparse
 import shlex
@@ -16,9 +17,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage.feature import structure_tensor
 
-from DerainDataset import find_pairs
+from metrics import measure
+from pairs import find_pairs, read_clean, report_left_out
 from rain import PRESETS, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
-from utils import at_least, atomic_write, measure, progress, read_rgb, run_script, write_text
+from utils import at_least, atomic_write, progress, run_script, write_text
 
 COLUMNS = ("mean S", "std of S", "angle, degrees", "coherence", "PSNR-Y, dB", "SSIM-Y")
 REAL_COLOUR, DRAWN_COLOUR = (20, 60, 150), (225, 120, 20)
@@ -36,18 +38,24 @@ def streak_angle(streaks):
 
 
 def describe(rainy, clean):
-    """The figures of ``COLUMNS`` for a rainy image that is clean + S."""
+    """The six figures of ``COLUMNS`` for a rainy image that is clean + S, both (H, W, 3) uint8."""
     streaks = extract_streaks(rainy, clean)
     scores = measure(rainy, clean)
     return streaks.mean(), streaks.std(), *streak_angle(streaks), scores["psnr_y"], scores["ssim_y"]
 
 
 def describe_set(folder, seed):
-    """{"real" or preset: (pairs, 6) array of ``describe``} for a folder of pairs."""
+    """Measure the rain of a folder of pairs, and each preset drawn on its clean images.
+
+    Returns:
+        {"real" or a preset's name: (pairs, 6) array, a row of ``describe`` for each pair}.
+    """
+    pairs, alone, unused = find_pairs(folder)
+    report_left_out(folder, [*alone, *unused])
     figures = {"real": [], **{name: [] for name in PRESETS}}
-    for number, pair in enumerate(progress(find_pairs(folder)[0], Path(folder).name)):
-        clean = read_rgb(pair.clean)
-        figures["real"].append(describe(add_rain(clean, read_streaks(pair)), clean))
+    for number, pair in enumerate(progress(pairs, Path(folder).name)):
+        clean = read_clean(pair)
+        figures["real"].append(describe(add_rain(clean, read_streaks(pair, "--data_path")), clean))
         for k, name in enumerate(PRESETS):
             rng = np.random.default_rng((seed, number, k))
             figures[name].append(describe(add_rain(clean, streak_layer(*clean.shape[:2], name, rng)), clean))
@@ -55,7 +63,12 @@ def describe_set(folder, seed):
 
 
 def table_row(folder, name, rows):
-    """A line of the table: means over the images, and the 10th and 90th percentile."""
+    """A line of the table: means over the images, and the 10th and 90th percentile.
+
+    Args:
+        folder, name: the data set, and a key of ``describe_set``.
+        rows: (pairs, 6) array of ``describe``. Of the angles, the amount counts, and its median is given.
+    """
     rows = rows.copy()
     rows[:, 2] = np.abs(rows[:, 2])
     middles = rows.mean(0)
@@ -68,7 +81,15 @@ def table_row(folder, name, rows):
 
 
 def draw_chart(draw, corner, groups, columns, font):
-    """Scatter two columns of the (colour, rows) in ``groups`` against each other in a square of ``CHART`` px."""
+    """Draw a scatter chart of two of the ``COLUMNS`` against each other, a square of ``CHART`` px.
+
+    Args:
+        draw: ``PIL.ImageDraw.Draw`` to draw on.
+        corner: (left, top) of the chart, px.
+        groups: pairs of a colour and the (N, 6) rows that are drawn in it.
+        columns: the indices of the columns for the x and the y axis.
+        font: of the labels.
+    """
     left, top = corner
     values = [rows[:, columns] for _, rows in groups]
     low, high = np.min([value.min(0) for value in values], 0), np.max([value.max(0) for value in values], 0)
@@ -91,11 +112,14 @@ def draw_chart(draw, corner, groups, columns, font):
 
 
 def draw_picture(sets, seed):
-    """Charts of each set beside the preset nearest to it, above layers of that preset on a photograph: (H, W, 3) uint8.
+    """Draw charts of each set and of the preset whose mean is nearest, above four images with rain of that preset.
 
     Args:
         sets: {folder: ``describe_set``}.
-        seed: of the layers.
+        seed: of the rain.
+
+    Returns:
+        (H, W, 3) uint8.
     """
     side = (WIDTH - 5 * 12) // 4
     photograph = sample_photograph("astronaut")[:side, :side]

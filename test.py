@@ -1,4 +1,4 @@
-"""Derain an image, a folder of images or a video, and report PSNR and SSIM where there is ground truth.
+"""Derain an image, a folder of images or a video, and report PSNR and SSIM where there are clean images.
 
     python test.py --test_data_path datasets/test/RainSample
 
@@ -8,20 +8,22 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoints import BUNDLED, add_network_options, find_checkpoint, load_network
 from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
-from DerainDataset import Pair, find_pairs, report_orphans
-from inference import StripRunner, self_ensemble
-from utils import (
-    IMAGE_SUFFIXES, InputError, RunError, add_flag, add_network_options, at_least, fast_bfloat16, free_memory,
-    load_network, measure, natural_key, pick_device, printable, progress, read_image, read_rgb, run_script, to_image,
-    to_tensor, to_uint8, write_csv, write_image,
-)
+from devices import fast_bfloat16, free_memory, pick_device
+from images import IMAGE_SUFFIXES, read_rgb, to_uint8, write_image
+from inference import StripRunner, self_ensemble, to_image, to_tensor
+from metrics import measure
+from pairs import Pair, check_sizes, find_pairs, read_clean, read_rainy, report_left_out
+from utils import InputError, RunError, add_flag, at_least, natural_key, printable, progress, run_script, write_csv
 from video import derain_video
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,9 +35,17 @@ def parse_args(argv=None):
     add_network_options(parser)
     parser.add_argument(
         "--test_data_path", type=Path, default=Path("datasets/test/Rain100H"), metavar="PATH",
-        help="an image, a folder of rainy images, with ground truth or without, or a video (default: %(default)s)",
+        help="an image, a folder of rainy images, with clean ones or without, or a video (default: %(default)s)",
     )
-    add_flag(parser, "--recursive", False, "take the images of all folders below too; no ground truth is looked for")
+    parser.add_argument(
+        "--clean_path", type=Path, metavar="DIR",
+        help="folder of the clean images, where --test_data_path has the rainy ones and their place does not tell",
+    )
+    parser.add_argument(
+        "--side_by_side", choices=("left", "right"),
+        help="each picture holds a rainy and a clean image side by side; this half is the rainy one",
+    )
+    add_flag(parser, "--recursive", False, "take the images of all folders below too; no clean images are looked for")
     parser.add_argument(
         "--output_path", type=Path, metavar="DIR",
         help="folder of the derained images (default: results/SET/MODEL, after --test_data_path and --save_path)",
@@ -57,18 +67,48 @@ def parse_args(argv=None):
         " (default: 3/4 of what is free)",
     )
     args = parser.parse_args(argv)
-    args.output_path = args.output_path or default_output(args.test_data_path, args.save_path)
+    args.checkpoint = find_checkpoint(args.save_path)
+    args.output_path = args.output_path or default_output(args)
     return args
+
+
+def check_options(args, clip):
+    """Refuse options that do not go together; ``clip`` is whether --test_data_path is a video."""
+    source = args.test_data_path
+    if args.comparison and clip:
+        raise InputError(f"--comparison: {source} is no image; expected an image or a folder of images")
+    clean_options = [name for name in ("clean_path", "side_by_side") if getattr(args, name)]
+    if len(clean_options) == 2:
+        raise InputError("--clean_path and --side_by_side: expected one of them; each says where the clean images are")
+    for name in clean_options:
+        if args.recursive:
+            raise InputError(f"--{name}: expected no --recursive, which looks for no clean images")
+        if clip:
+            raise InputError(f"--{name}: {source} is a video; expected images, as a video is not measured")
+    if args.clean_path and source.is_file():
+        raise InputError(f"--clean_path: {source} is one image; expected a folder of rainy images as --test_data_path")
 
 
 # What to read and where to write
 
 
-def default_output(test_data_path, save_path):
-    """results/SET/MODEL; a checkpoint has its folder's name too, as every run has a net_best.pth."""
-    source, model = Path(os.path.abspath(test_data_path)), Path(os.path.abspath(save_path))
-    name = f"{model.parent.name}-{model.stem}" if model.is_file() else model.name
-    return Path("results", source.stem if source.is_file() else source.name, name)
+def default_output(args):
+    """results/SET/MODEL: named after --test_data_path, and after the checkpoint (``model_name``)."""
+    source = Path(os.path.abspath(args.test_data_path))
+    return Path("results", source.stem if source.is_file() else source.name, model_name(args.save_path))
+
+
+def model_name(save_path):
+    """The name of a checkpoint under results/.
+
+    That is the name of its run's folder; FOLDER-STEM where --save_path is a file, as a run's folder has several; and
+    STEM alone for the bundled weights.
+    """
+    checkpoint = Path(os.path.abspath(find_checkpoint(save_path)))
+    if checkpoint.resolve().parent == BUNDLED:
+        return checkpoint.stem
+    from_folder = save_path is None or save_path.is_dir()
+    return checkpoint.parent.name if from_folder else f"{checkpoint.parent.name}-{checkpoint.stem}"
 
 
 def find_below(folder, left_out):
@@ -81,22 +121,38 @@ def find_below(folder, left_out):
             continue
         seen.add(real)
         paths += [Path(place, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        raise InputError(
+            f"--test_data_path {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder or below it"
+        )
     return sorted(paths, key=natural_key)
 
 
 def find_inputs(args):
-    """The ``Pair``s that --test_data_path names."""
-    path = args.test_data_path
+    """Find the images to derain, and say which of them are not measured and which files are left out.
+
+    Returns:
+        (list of ``Pair``, whose clean image is None where there is none; paths of the images left out).
+    """
+    path, rainy_half = args.test_data_path, args.side_by_side
     if path.is_file():
-        return [Pair(path, None)]
-    if args.recursive and path.is_dir():
-        paths = find_below(path, args.output_path)
-        if not paths:
-            raise InputError(f"--test_data_path {path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in or below it")
-        return [Pair(image, None) for image in paths]
-    pairs, orphans = find_pairs(path, "--test_data_path", ground_truth_required=False)
-    report_orphans(path, orphans)
-    return pairs
+        return [Pair(path, path if rainy_half else None, rainy_half)], []
+    if args.recursive:
+        return [Pair(image, None) for image in find_below(path, args.output_path)], []
+    found = find_pairs(path, "--test_data_path", args.clean_path, rainy_half, required=False)
+    if rainy_half and not all(pair.rainy_half for pair in found.pairs):
+        raise InputError(
+            f"--side_by_side {rainy_half}: {path} has rainy and clean images in files of their own,"
+            f" such as {found.pairs[0].rainy.name} and {found.pairs[0].clean.name}; expected both in one"
+        )
+    report_left_out(path, found.unused)
+    if found.alone and found.pairs:
+        names = ", ".join(printable(image.name) for image in found.alone)
+        print(f"{printable(path)}: {len(found.alone)} without a clean image, derained but not measured: {names}")
+    elif found.alone:
+        print(f"{printable(path)}: no clean images, so all {len(found.alone)} are derained but not measured")
+    pairs = [*found.pairs, *(Pair(image, None) for image in found.alone)]
+    return sorted(pairs, key=lambda pair: natural_key(pair.rainy)), found.unused
 
 
 def name_outputs(pairs, root=None):
@@ -107,10 +163,30 @@ def name_outputs(pairs, root=None):
     """
     folders = [pair.rainy.parent.relative_to(root) if root else Path() for pair in pairs]
     stems = [folder / pair.rainy.stem for folder, pair in zip(folders, pairs)]
-    twice = {stem for stem in stems if stems.count(stem) > 1}
+    counts = Counter(stems)
     return [
-        folder / f"{pair.rainy.name if stem in twice else pair.rainy.stem}.png"
+        folder / f"{pair.rainy.name if counts[stem] > 1 else pair.rainy.stem}.png"
         for folder, stem, pair in zip(folders, stems, pairs)
+    ]
+
+
+class Job(NamedTuple):
+    """One image: what is read, and where its result goes and its panel, which is None without --comparison."""
+
+    pair: Pair
+    output: Path
+    panel: Path | None
+
+
+def plan_jobs(pairs, args):
+    """A ``Job`` for each pair."""
+    root = args.test_data_path if args.recursive and args.test_data_path.is_dir() else None
+    return [
+        Job(
+            pair, args.output_path / name,
+            args.output_path / "comparison" / name.with_suffix(".jpg") if args.comparison else None,
+        )
+        for pair, name in zip(pairs, name_outputs(pairs, root))
     ]
 
 
@@ -137,6 +213,7 @@ def derain(runner, image, device):
     Args:
         runner: a ``StripRunner``, or a function like it.
         image: (H, W, 3 or 4) RGB(A) uint8 or uint16, any size.
+        device: of the network.
 
     Returns:
         (array of the same shape and dtype, alpha unchanged; its (H, W, 3) uint8 RGB, which is measured).
@@ -146,36 +223,46 @@ def derain(runner, image, device):
     return derained, to_image(output)
 
 
-def process(runner, pair, output_path, device, overwrite=True, panel_path=None):
-    """Derain one image and write it, or take what is there, and its panel if there is a path for that.
+def process(runner, job, device, overwrite=True):
+    """Derain one image, save and measure it, and write its panel if it has one.
+
+    Args:
+        runner, device: as for ``derain``.
+        job: a ``Job``.
+        overwrite: whether to derain the image again where its result is there already.
 
     Returns:
-        (its row of the report: name, metrics where there is ground truth, seconds of the network; its thumbnail for
-        the contact sheet, or None).
+        (its row of the report: name, metrics where there is a clean image, seconds of the network; its thumbnail for
+        the contact sheet, or None without a panel).
     """
-    image, row = read_image(pair.rainy), {"image": printable(pair.rainy.name)}
-    if output_path.exists() and not overwrite:
-        derained = read_rgb(output_path)
+    pair = job.pair
+    row = {"image": printable(pair.rainy.name)}
+
+    # 1. Load
+    image = read_rainy(pair)
+    clean = read_clean(pair) if pair.clean else None
+    if clean is not None:
+        check_sizes(pair, image.shape, clean.shape)
+
+    # 2. Derain and save, or take what is there
+    if job.output.exists() and not overwrite:
+        derained = read_rgb(job.output)
         if derained.shape[:2] != image.shape[:2]:
-            raise InputError(f"{output_path} is not the result of {pair.rainy}, whose size it has not; remove it")
+            raise InputError(f"{job.output} is not the result of {pair.rainy}, as it has another size; remove it")
     else:
         started = time.perf_counter()
         result, derained = derain(runner, image, device)
         row["seconds"] = time.perf_counter() - started
-        write_image(output_path, result)
-    clean = read_rgb(pair.clean) if pair.clean else None
+        write_image(job.output, result)
+
+    # 3. Measure, and show both
     if clean is not None:
-        if clean.shape != derained.shape:
-            raise InputError(
-                f"{pair.rainy} is {derained.shape[1]}x{derained.shape[0]} but its clean image {pair.clean.name} is"
-                f" {clean.shape[1]}x{clean.shape[0]}; expected equal sizes"
-            )
         row |= measure(derained, clean)
-    if not panel_path:
+    if job.panel is None:
         return row, None
     rainy = to_uint8(image[..., :3])
     scores = clean is not None and {"rainy": measure(rainy, clean), "derained": row}
-    write_image(panel_path, panel(row["image"], rainy, derained, clean, scores))
+    write_image(job.panel, panel(row["image"], rainy, derained, clean, scores))
     return row, thumbnail(row["image"], rainy, derained)
 
 
@@ -208,28 +295,32 @@ def average(rows):
 
 def derain_images(runner, args, device):
     """Derain the images of --test_data_path; a bad one does not cost the others."""
-    pairs = find_inputs(args)
-    names = name_outputs(pairs, args.test_data_path if args.recursive and args.test_data_path.is_dir() else None)
-    outputs = [args.output_path / name for name in names]
+    # 1. Which images, and where each result goes
+    pairs, left_out = find_inputs(args)
+    jobs = plan_jobs(pairs, args)
     sheet_path = args.output_path / "contact_sheet.jpg"
-    panels = [args.output_path / "comparison" / name.with_suffix(".jpg") for name in names]
-    written = [*outputs, *panels, sheet_path] if args.comparison else outputs
-    check_outputs(written, [path for pair in pairs for path in pair if path], args.output_path)
+    written = [job.output for job in jobs]
+    if args.comparison:
+        written += [sheet_path, *(job.panel for job in jobs)]
+    inputs = [path for pair in pairs for path in (pair.rainy, pair.clean) if path]
+    check_outputs(written, inputs + left_out, args.output_path)
 
-    rows, failures, thumbnails = [], [], []
-    step = -(-len(pairs) // MAX_THUMBNAILS)
-    jobs = list(zip(pairs, outputs, panels if args.comparison else [None] * len(pairs)))
-    for number, (pair, output, panel_path) in enumerate(progress(jobs, "deraining")):
+    # 2. Load, derain, save and measure each
+    rows, thumbnails, failures = [], [], []
+    step = -(-len(jobs) // MAX_THUMBNAILS)
+    for number, job in enumerate(progress(jobs, "deraining")):
         try:
-            row, small = process(runner, pair, output, device, args.overwrite, panel_path)
+            row, small = process(runner, job, device, args.overwrite)
         except InputError as error:
-            failures.append(printable(pair.rainy.name))
+            failures.append(printable(job.pair.rainy.name))
             tqdm.write(f"error: {printable(error)}")
             continue
+        tqdm.write(describe(row))
         rows.append(row)
         if small is not None and number % step == 0:
             thumbnails.append(small)
-        tqdm.write(describe(row))
+
+    # 3. Report
     if rows:
         write_csv(args.output_path / "metrics.csv", ("image", *METRICS, "seconds"), [*rows, average(rows)])
         print(describe(average(rows)))
@@ -238,7 +329,7 @@ def derain_images(runner, args, device):
         write_image(sheet_path, contact_sheet(thumbnails))
         print(f"panels in {printable(args.output_path / 'comparison')}, {len(thumbnails)} images on {sheet_path.name}")
     if failures:
-        raise RunError(f"{len(failures)} of {len(pairs)} images failed: {', '.join(failures)}")
+        raise RunError(f"{len(failures)} of {len(jobs)} images failed: {', '.join(failures)}")
 
 
 # Videos
@@ -269,23 +360,27 @@ def derain_clip(runner, args, device):
         raise RunError(f"{printable(source)}: {len(lost)} frames could not be read, the first of them number {lost[0]}")
 
 
+def load_runner(args, device):
+    """The network of --save_path, ready for whole images in the precision and memory that the options allow."""
+    precision = args.precision
+    if precision == "auto":
+        precision = "fp16" if device.type == "cuda" else "bf16" if fast_bfloat16(device) else "fp32"
+    net = load_network(args.checkpoint, args.recurrent_iter, args.use_dilation).to(device)
+    max_memory = 0.75 * free_memory() if args.max_memory is None else args.max_memory * 2**30
+    runner = StripRunner(net, HALF_PRECISIONS.get(precision, torch.float32), max_memory)
+    return self_ensemble(runner) if args.self_ensemble else runner
+
+
 def main():
     args = parse_args()
     source = args.test_data_path
     if not source.exists():
         raise InputError(f"--test_data_path {source}: no such file or folder; expected an image, a folder or a video")
     clip = source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES
-    if clip and args.comparison:
-        raise InputError(f"--comparison: {source} is no image; expected an image or a folder of images")
+    check_options(args, clip)
     device = pick_device(args.device)
-    if args.precision == "auto":
-        args.precision = "fp16" if device.type == "cuda" else "bf16" if fast_bfloat16(device) else "fp32"
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: TF32 would show in the third digit
-    net = load_network(args.save_path, args.recurrent_iter, args.use_dilation).to(device)
-    max_memory = 0.75 * free_memory() if args.max_memory is None else args.max_memory * 2**30
-    runner = StripRunner(net, HALF_PRECISIONS.get(args.precision, torch.float32), max_memory)
-    if args.self_ensemble:
-        runner = self_ensemble(runner)
+    runner = load_runner(args, device)
+    print(f"weights: {printable(args.checkpoint)}")
     (derain_clip if clip else derain_images)(runner, args, device)
 
 

@@ -13,7 +13,11 @@ import pytest
 import torch
 
 import utils
+from checkpoints import save_checkpoint
 from networks import SAPNet
+
+# More threads cost more than they gain on images this small. The processes that tests start read the variable.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -71,7 +75,7 @@ def checkpoint(tmp_path):
     """A network of two stages with random weights, as a training run leaves it."""
     torch.manual_seed(0)
     folder = tmp_path / "model"
-    utils.save_checkpoint(folder / "net_latest.pth", SAPNet(recurrent_iter=2).state_dict())
+    save_checkpoint(folder / "net_latest.pth", SAPNet(recurrent_iter=2).state_dict())
     utils.write_text(folder / "args.json", '{"recurrent_iter": 2, "use_dilation": true}')
     return folder / "net_latest.pth"
 

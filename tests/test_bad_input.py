@@ -1,5 +1,5 @@
 """Bad input: one sentence that names the culprit, a non-zero exit, and nothing lost or half written."""
-import pickle
+import shutil
 
 import cv2
 import h5py
@@ -8,21 +8,25 @@ import pytest
 import torch
 
 import train
-import utils
-from conftest import contents, make_pairs, photo, run_subprocess, save
+from conftest import ROOT, contents, make_pairs, photo, run_subprocess, save
 from networks import SAPNet
 from test_data import write_prenet
-from test_train import options
+from test_train import options, tiny
+
+
+def everything(folder):
+    """All that is below a folder: files with their content, and folders."""
+    return contents(folder), sorted(path for path in folder.rglob("*") if path.is_dir())
 
 
 @pytest.fixture
 def refused_untouched(refused, tmp_path):
-    """``refused``, and every file under the test's folder is as it was."""
+    """``refused``, and every file and folder under the test's is as it was."""
 
     def check(*args, **named):
-        before = contents(tmp_path)
+        before = everything(tmp_path)
         message = refused(*args, **named)
-        assert contents(tmp_path) == before
+        assert everything(tmp_path) == before
         return message
 
     return check
@@ -32,7 +36,7 @@ def refused_untouched(refused, tmp_path):
 
 
 def args_of_train(folder, tmp_path):
-    return "train", *options(folder, tmp_path / "run")
+    return "train", *tiny(folder, tmp_path / "run", patch_size=16, stride=32)
 
 
 def args_of_test(folder, tmp_path):
@@ -44,10 +48,10 @@ def args_of_rain(folder, tmp_path):
 
 
 def args_of_check(folder, tmp_path):
-    return "DerainDataset", "--check", folder, folder
+    return "pairs", "--check", folder, folder
 
 
-SCRIPTS = {"train": args_of_train, "test": args_of_test, "rain": args_of_rain, "DerainDataset": args_of_check}
+SCRIPTS = {"train": args_of_train, "test": args_of_test, "rain": args_of_rain, "pairs": args_of_check}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -84,7 +88,7 @@ DAMAGES = ("no image", "zero bytes", "truncated PNG", "truncated 16-bit PNG", "t
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_image(refused, checkpoint, tmp_path, pairs_dir, script, kind):
-    clean_only = script in ("rain", "DerainDataset")
+    clean_only = script in ("rain", "pairs")
     path = pairs_dir / ("norain-2.png" if clean_only else "rain-2.png")
     damage(kind, path)
     message = refused(*SCRIPTS[script](pairs_dir, tmp_path), status=1 if script == "test" else 2, names=["rain-2.png"])
@@ -94,20 +98,48 @@ def test_damaged_image(refused, checkpoint, tmp_path, pairs_dir, script, kind):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_damaged_validation_image_stops_before_training(refused_untouched, pairs_dir, tmp_path, run):
-    run("train", *options(pairs_dir, tmp_path / "first", max_steps=1))  # packs
-    val = make_pairs(tmp_path / "val")
-    damage("no image", val / "norain-3.png")
-    refused_untouched("train", *options(pairs_dir, tmp_path / "run", val_path=val), names=[val / "norain-3.png"])
+def test_damaged_validation_image_stops_before_training(refused_untouched, pairs_dir, tmp_path):
+    """And before packing."""
+    val = make_pairs(tmp_path / "val", (7, 8, 9))
+    damage("truncated PNG", val / "norain-9.png")
+    refused_untouched("train", *tiny(pairs_dir, tmp_path / "run", val_path=val), names=[val / "norain-9.png"])
 
 
-@pytest.mark.parametrize("fault", ["too small", "sizes differ"])
-def test_unfit_training_image(refused_untouched, pairs_dir, tmp_path, fault):
-    save(pairs_dir / "rain-2.png", photo(2, *((20, 64) if fault == "too small" else (48, 60))))
-    if fault == "too small":
-        save(pairs_dir / "norain-2.png", photo(2, 20, 64))
-    names = ["64x20", "--patch_size 32"] if fault == "too small" else ["norain-2.png", "60x48", "64x48"]
-    refused_untouched(*args_of_train(pairs_dir, tmp_path), names=[pairs_dir / "rain-2.png", *names])
+@pytest.mark.parametrize("option", ["--val_path", "--exclude_test"])
+def test_other_folders_of_pairs_are_named_with_their_option(refused_untouched, pairs_dir, tmp_path, option):
+    folder = tmp_path / "somewhere"
+    arguments = tiny(pairs_dir, tmp_path / "run", option, folder)
+    refused_untouched("train", *arguments, names=[f"{option} {folder}: no such folder"])
+    folder.mkdir()
+    save(folder / "photograph.jpg", photo(9))
+    refused_untouched("train", *arguments, names=[f"{option} {folder}: no rainy/clean pairs"])
+
+
+def test_two_files_of_one_stem(refused_untouched, pairs_dir, tmp_path):
+    shutil.copyfile(pairs_dir / "rain-1.png", pairs_dir / "rain-1.jpg")
+    refused_untouched(*args_of_train(pairs_dir, tmp_path), names=[pairs_dir / "rain-1.jpg", "rain-1.png"])
+
+
+def test_a_pair_of_two_sizes(refused_untouched, pairs_dir, tmp_path):
+    save(pairs_dir / "rain-2.png", photo(2, 48, 60))
+    names = [pairs_dir / "rain-2.png", "norain-2.png", "60x48", "64x48"]
+    refused_untouched(*args_of_train(pairs_dir, tmp_path), names=names)
+
+
+def test_images_smaller_than_a_patch(refused_untouched, run, pairs_dir, tmp_path):
+    make_pairs(pairs_dir, (2,), 48, 15)
+    make_pairs(pairs_dir, (20,), 1, 1)
+    script, *arguments = args_of_train(pairs_dir, tmp_path)
+    names = [f"{pairs_dir / 'rain-2.png'} (15x48)", f"{pairs_dir / 'rain-20.png'} (1x1)", "--patch_size 16"]
+    refused_untouched(script, *arguments, names=[*names, "--skip_small"])
+    result = run(script, *arguments, "--skip_small", "--max_steps", 1)
+    assert result.status == 0 and "left out 2 (smaller than 16 px): rain-2.png, rain-20.png" in result.out
+
+
+def test_a_picture_of_odd_width_that_holds_two(refused_untouched, tmp_path):
+    path = save(tmp_path / "both/1.png", photo(1, 48, 63))
+    arguments = args_of_train(path.parent, tmp_path)
+    refused_untouched(*arguments, "--side_by_side", "left", names=[f"{path} is 63 px wide", "expected an even width"])
 
 
 @pytest.mark.parametrize("kind", ["grey", "RGBA", "16 bits"])
@@ -117,134 +149,12 @@ def test_unusual_images_are_trained_on(run, pairs_dir, tmp_path, kind):
         "grey": image[..., 0], "RGBA": np.dstack((image, image[..., :1])), "16 bits": 257 * image.astype(np.uint16)
     }[kind]
     save(pairs_dir / "rain-2.png", image)
-    result = run("train", *options(pairs_dir, tmp_path / "run", max_steps=1))
+    result = run(*args_of_train(pairs_dir, tmp_path), "--max_steps", 1)
     assert result.status == 0, result
     with h5py.File(next((tmp_path / "packed").glob("*.h5"))) as file:
         patch = file["rainy"][6]  # the first of the second image
     expected = np.repeat(photo(2)[..., :1], 3, 2) if kind == "grey" else photo(2)
-    assert np.array_equal(patch, expected[:32, :32])
-
-
-def test_one_pixel_is_too_small_to_args_of_train(refused_untouched, tmp_path):
-    folder = make_pairs(tmp_path / "pairs", height=1, width=1)
-    refused_untouched(*args_of_train(folder, tmp_path), names=["rain-1.png", "1x1", "--patch_size"])
-
-
-# Checkpoints
-
-
-class Code:
-    """A pickle that leaves a file behind when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def good_state():
-    return SAPNet(recurrent_iter=1).state_dict()
-
-
-def nan_state():
-    state = good_state()
-    state["conv_g.0.weight"][3, 5] = float("nan")
-    return state
-
-
-def lacking_state():
-    state = good_state()
-    del state["res_conv3.4.conv_1_1.weight"]
-    return state
-
-
-def cut(save_options, share):
-    def write(path):
-        torch.save(good_state(), path, **save_options)
-        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-
-    return write
-
-
-OLD = {"_use_new_zipfile_serialization": False}
-BAD_CHECKPOINTS = {  # name: (how to write it, what the sentence must say)
-    "missing": (lambda path: None, "no such file"),
-    "zero bytes": (lambda path: path.touch(), "not a PyTorch checkpoint"),
-    "text": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "expected a checkpoint"),
-    "truncated": (cut({}, 0.6), "truncated"),
-    "truncated at the end": (cut({}, 0.9999), "truncated"),
-    "old format, truncated": (cut(OLD, 0.6), "truncated"),
-    "old format, truncated early": (cut(OLD, 0.02), "expected a checkpoint|not a PyTorch checkpoint"),
-    "other architecture": (lambda path: torch.save(torch.nn.Linear(3, 2).state_dict(), path), "SAPNet"),
-    "other shape": (lambda path: torch.save({**good_state(), "conv.0.bias": torch.zeros(4)}, path), "conv.0.bias"),
-    "missing key": (lambda path: torch.save(lacking_state(), path), "res_conv3.4.conv_1_1.weight"),
-    "NaN": (lambda path: torch.save(nan_state(), path), "NaN or infinite weights in conv_g.0.weight"),
-    "whole training state": (lambda path: torch.save({"net": good_state(), "step": 3}, path), "expected a state dict"),
-    "numbers for names": (lambda path: torch.save({1: torch.zeros(2)}, path), "expected a state dict"),
-    "list": (lambda path: torch.save([torch.zeros(2)], path), "expected a state dict"),
-}
-
-
-@pytest.fixture
-def one_image(tmp_path):
-    return save(tmp_path / "real/a.png", photo(1, 16, 16)).parent
-
-
-@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
-def test_bad_checkpoint_to_test_with(refused_untouched, tmp_path, one_image, kind):
-    path = tmp_path / "weights.pth"
-    write, reason = BAD_CHECKPOINTS[kind]
-    write(path)
-    output = tmp_path / "results"
-    message = refused_untouched(
-        "test", "--save_path", path, "--test_data_path", one_image, "--output_path", output, names=[path]
-    )
-    assert any(part in message for part in reason.split("|")), message
-    assert len(message) < 600
-
-
-@pytest.mark.parametrize("format_options", [{}, OLD], ids=["new format", "old format"])
-def test_checkpoint_cut_anywhere_is_an_input_error(tmp_path, format_options):
-    path = tmp_path / "weights.pth"
-    torch.save(good_state(), path, **format_options)
-    data = path.read_bytes()
-    lengths = [*range(64), *range(64, 4096, 101), *range(4096, len(data), len(data) // 50), len(data) - 1]
-    for length in lengths:
-        path.write_bytes(data[:length])
-        with pytest.raises(utils.InputError, match="weights.pth"):
-            utils.load_network(path)
-
-
-@pytest.mark.parametrize("kind", ["missing", "truncated", "other architecture", "NaN"])
-def test_bad_checkpoint_to_start_from(refused, tmp_path, pairs_dir, kind):
-    path = tmp_path / "weights.pth"
-    BAD_CHECKPOINTS[kind][0](path)
-    refused("train", *options(pairs_dir, tmp_path / "run", init_weights=path), names=[path])
-    assert not list((tmp_path / "run").glob("*.pth"))
-
-
-@pytest.mark.parametrize("how", ["plain pickle", "torch.save", "torch.save, old format", "inside a state dict"])
-def test_code_in_a_checkpoint_does_not_run(refused_untouched, tmp_path, one_image, how):
-    path, trace = tmp_path / "weights.pth", tmp_path / "trace"
-    content = {**good_state(), "conv.0.bias": Code(trace)} if how == "inside a state dict" else Code(trace)
-    if how == "plain pickle":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, **(OLD if "old" in how else {}))
-    refused_untouched(
-        "test", "--save_path", path, "--test_data_path", one_image, "--output_path", tmp_path / "r",
-        names=[path, "plain tensors"],
-    )
-    assert not trace.exists()
-    if "plain" not in how:
-        torch.load(path, weights_only=False)
-        assert trace.exists(), "the trap works"
-
-
-def test_folder_without_a_checkpoint(refused_untouched, tmp_path, one_image):
-    (tmp_path / "model").mkdir()
-    refused_untouched(*args_of_test(one_image, tmp_path), names=[tmp_path / "model/net_latest.pth"])
+    assert np.array_equal(patch, expected[:16, :16])
 
 
 # Options
@@ -254,7 +164,6 @@ def test_folder_without_a_checkpoint(refused_untouched, tmp_path, one_image):
     "script, option",
     [
         ("train", ("--use_dilation", "maybe")),
-        ("test", ("--use_dilation", "maybe")),
         ("train", ("--milestone", 50, 30)),
         ("train", ("--milestone", 30, 30)),
         ("train", ("--milestone", 0)),
@@ -262,16 +171,31 @@ def test_folder_without_a_checkpoint(refused_untouched, tmp_path, one_image):
         ("train", ("--lr", "nan")),
         ("train", ("--lr", "fast")),
         ("train", ("--epochs", 1.5)),
+        ("train", ("--ema", 1)),
+        ("train", ("--stop_after", 0)),
+        ("train", ("--max_steps", 0)),
+        ("train", ("--patch_size", 10)),
         ("train", ("--pixel_loss", "l1")),
+        ("train", ("--side_by_side", "top")),
+        ("train", ("--skip_small", "maybe")),
+        ("train", ("--val_pairs", 1, 1)),
+        ("train", ("--clean_path", "a", "b")),
+        ("train", ("--clean_path", "none")),
+        ("train", ("--data_path", "DIR:0")),
+        ("train", ("--data_path", "none:40")),
         ("train", ("--device", "nonsense")),
         ("test", ("--device", "nonsense")),
         ("test", ("--recurrent_iter", 0)),
+        ("test", ("--use_dilation", "maybe")),
+        ("test", ("--side_by_side", "top")),
+        ("test", ("--clean_path", "none")),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value,
 )
-def test_bad_option(refused_untouched, checkpoint, one_image, pairs_dir, tmp_path, script, option):
-    base = args_of_train(pairs_dir, tmp_path) if script == "train" else args_of_test(one_image, tmp_path)
-    refused_untouched(*base, *option, names=[option[0]])
+def test_bad_option(refused_untouched, checkpoint, pairs_dir, tmp_path, monkeypatch, script, option):
+    monkeypatch.chdir(tmp_path)
+    pairs_dir.rename("DIR")
+    refused_untouched(*SCRIPTS[script](tmp_path / "DIR", tmp_path), *option, names=[option[0]])
 
 
 @pytest.mark.parametrize(
@@ -281,21 +205,12 @@ def test_booleans_mean_what_they_say(text, value):
     assert train.parse_args(["--use_dilation", *text]).use_dilation is value
 
 
-# Runs
-
-
-def test_folder_with_another_run_is_kept(refused_untouched, run, pairs_dir, tmp_path):
-    run("train", *options(pairs_dir, tmp_path / "run", max_steps=1))
-    refused_untouched(*args_of_train(pairs_dir, tmp_path), names=["--save_path", tmp_path / "run", "--resume"])
-
-
-def test_nothing_to_resume(refused_untouched, pairs_dir, tmp_path):
-    refused_untouched(*args_of_train(pairs_dir, tmp_path), "--resume", names=["--resume", tmp_path / "run"])
+# Files of a run
 
 
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_cut_state_is_named_and_the_run_kept(refused_untouched, run, pairs_dir, tmp_path, share):
-    run("train", *options(pairs_dir, tmp_path / "run", max_steps=1))
+    run(*args_of_train(pairs_dir, tmp_path), "--max_steps", 1)
     path = tmp_path / "run/train_state.pth"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     refused_untouched(*args_of_train(pairs_dir, tmp_path), "--resume", names=[path])
@@ -303,7 +218,8 @@ def test_cut_state_is_named_and_the_run_kept(refused_untouched, run, pairs_dir, 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_cut_packed_file_is_named(refused_untouched, run, pairs_dir, tmp_path, share):
-    run("train", *options(pairs_dir, tmp_path / "first", max_steps=1))
+    run(*args_of_train(pairs_dir, tmp_path), "--max_steps", 1)
+    shutil.rmtree(tmp_path / "run")
     (path,) = (tmp_path / "packed").iterdir()
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     refused_untouched(*args_of_train(pairs_dir, tmp_path), names=[path, "cut short"])
@@ -322,9 +238,9 @@ def test_bad_prenet_files_are_named(refused_untouched, tmp_path, fault):
     refused_untouched(*args_of_train(folder, tmp_path), names=[path])
 
 
-def test_output_path_is_a_file(refused_untouched, checkpoint, one_image, tmp_path):
+def test_output_path_is_a_file(refused_untouched, checkpoint, pairs_dir, tmp_path):
     (tmp_path / "results").write_text("mine")
-    refused_untouched(*args_of_test(one_image, tmp_path), status=1, names=[tmp_path / "results"])
+    refused_untouched(*args_of_test(pairs_dir, tmp_path), status=1, names=[tmp_path / "results"])
 
 
 def test_save_path_is_a_file(refused, pairs_dir, tmp_path):
@@ -336,23 +252,19 @@ def test_save_path_is_a_file(refused, pairs_dir, tmp_path):
 # A full disk
 
 
-def test_full_disk_while_packing(refused, run, small_disk, pairs_dir, tmp_path):
+def test_no_room_for_the_packed_file(refused, small_disk, pairs_dir, tmp_path):
+    """This shows before anything is written."""
     disk = small_disk("96k")
-    first = options(pairs_dir, tmp_path / "first", packed_dir=tmp_path / "packed", max_steps=1)
-    assert run("train", *first).status == 0
-    (packed,) = (tmp_path / "packed").iterdir()
-    (disk / packed.name).write_bytes(b"a good file of before")
-    before = contents(disk)
-    arguments = options(pairs_dir, tmp_path / "run", "--preprocess", packed_dir=disk)
-    refused("train", *arguments, status=1, names=[disk / packed.name, "No space left"])
-    assert contents(disk) == before
-    assert not list((tmp_path / "run").glob("*.pth"))
+    arguments = options(pairs_dir, tmp_path / "run", packed_dir=disk)
+    message = refused("train", *arguments, names=[f"--packed_dir {disk}: pairs-", " MB are free"])
+    assert "expected room for it, or a folder on another disk" in message
+    assert everything(disk) == ({}, []) and not (tmp_path / "run").exists()
 
 
 def test_full_disk_while_training(refused, small_disk, pairs_dir, tmp_path):
     """There is room for the weights of one epoch and not for two: what was saved stays whole."""
     disk = small_disk("5m")
-    arguments = options(pairs_dir, disk / "run", packed_dir=tmp_path / "packed", epochs=20)
+    arguments = tiny(pairs_dir, disk / "run", packed_dir=tmp_path / "packed", epochs=20)
     message = refused("train", *arguments, status=1, names=[disk / "run", "No space left"])
     assert ".pth" in message
     assert not list(disk.rglob("*.tmp"))
@@ -387,25 +299,17 @@ def test_full_disk_while_testing(refused, small_disk, checkpoint, tmp_path):
 # As a person sees it: separate processes
 
 
-@pytest.mark.parametrize("script", ["train.py", "test.py"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("train.py", "test.py", "rain.py")]
+
+
+@pytest.mark.parametrize("script", ["pairs.py", *SLOW])
 def test_shell_sees_one_line_and_status_2(tmp_path, script):
-    if script == "train.py":
-        option, arguments = "--data_path", options(tmp_path / "none", tmp_path / "run")
-    else:
-        weights = tmp_path / "w.pth"
-        torch.save(good_state(), weights)
-        option, arguments = "--test_data_path", ("--save_path", weights, "--test_data_path", tmp_path / "none")
+    name, *arguments = SCRIPTS[script.removesuffix(".py")](tmp_path / "none", tmp_path)
+    if script == "test.py":
+        arguments[1] = ROOT / "weights/general.pth"
+    option = {"train.py": "--data_path", "test.py": "--test_data_path", "rain.py": "--clean", "pairs.py": "--check"}
     child = run_subprocess(script, *arguments)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 2
-    assert err.startswith(f"{script}: error: {option} {tmp_path / 'none'}: no such f") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '{"recurrent_iter": "six"}', '{"use_dilation": "maybe"}'])
-def test_damaged_arguments_beside_a_checkpoint(refused, checkpoint, pairs_dir, tmp_path, text):
-    path = checkpoint.parent / "args.json"
-    path.write_text(text)
-    refused(
-        "test", "--save_path", checkpoint, "--test_data_path", pairs_dir, "--output_path", tmp_path / "out",
-        names=[path],
-    )
+    expected = f"{script}: error: {option[script]} {tmp_path / 'none'}: no such f"
+    assert err.startswith(expected) and err.count("\n") == 1

@@ -29,6 +29,7 @@ def baseline(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_table_and_json(run, baseline, tmp_path):
     make_pairs(tmp_path / "pairs", range(6), height=110, width=130)  # 24 patches, two batches
     result = run(

@@ -6,7 +6,8 @@ import comparison
 import test as script
 from comparison import COLUMNS, contact_sheet, error_map, panel, shrink, thumbnail
 from conftest import contents, photo, save, with_rain
-from utils import measure, read_image
+from images import read_image
+from metrics import measure
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_error_map_is_dark_without_an_error_and_brightens_with_it():
     assert levels[0] < 3 < levels[1] < levels[2]
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 500), (500, 1), (3000, 40), (2000, 3000)])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 500), (500, 1), (1500, 40), (700, 1000)])
 def test_any_size_fits(height, width):
     image = photo(1, height, width)
     sheet = panel("x" * 300, image, image, image, {"rainy": measure(image, image // 2)})

@@ -1,9 +1,14 @@
-"""Finding pairs, packing them, reading them back, and the guard against test backgrounds."""
+"""Packing pairs into patches, reading them back, and drawing batches from them."""
+import gc
 import itertools
 import multiprocessing
 import os
-import subprocess
-import sys
+import pickle
+import re
+import shutil
+import signal
+import time
+import weakref
 
 import cv2
 import h5py
@@ -13,101 +18,26 @@ import torch
 from torch.utils.data import DataLoader
 
 import DerainDataset
-from conftest import ROOT, contents, make_pairs, photo, save, with_rain
+from conftest import contents, make_pairs, photo, save
 from DerainDataset import (
-    PackedPatches, Pair, PReNetPatches, ShuffledBatches, TrainingPatches, find_leaks, find_pairs, pack, packed_path,
-    patch_positions, prepare_patches,
+    PackedPatches, ShuffledBatches, TrainingPatches, map_in_order, open_patches, packed_path, packed_size,
+    patch_positions, plan_cuts,
 )
+from images import read_rgb
 from rain import TrainingRain
-from utils import InputError, read_rgb
-
-# Finding pairs: the folders of DESIGN section 4 as files, and the pairs that must come out, in this order.
-LAYOUTS = {
-    "RainTrainH": (
-        ["rain-10.png", "rain-2.PNG", "rain-1800.png", "norain-1800.png", "norain-2.png", "norain-10.png"],
-        [("rain-2.PNG", "norain-2.png"), ("rain-10.png", "norain-10.png"), ("rain-1800.png", "norain-1800.png")],
-    ),
-    "Rain100H": (
-        ["rainy/rain-001.png", "rainy/rain-003.png", "norain-001.png", "norain-003.png"],
-        [("rainy/rain-001.png", "norain-001.png"), ("rainy/rain-003.png", "norain-003.png")],
-    ),
-    "Rain1400": (
-        [
-            *(f"rainy_image/{n}_{k}.jpg" for n in (901, 1000) for k in (1, 2, 14)),
-            "ground_truth/901.jpg", "ground_truth/1000.jpg",
-        ],
-        [(f"rainy_image/{n}_{k}.jpg", f"ground_truth/{n}.jpg") for n in (901, 1000) for k in (1, 2, 14)],
-    ),
-    "Rain13K": (
-        ["input/10.jpg", "input/9.jpg", "input/street.jpg", "target/9.jpg", "target/10.png", "target/street.JPG"],
-        [("input/9.jpg", "target/9.jpg"), ("input/10.jpg", "target/10.png"), ("input/street.jpg", "target/street.JPG")],
-    ),
-    "Rain200H": (
-        ["rain/norain-1x2.png", "rain/norain-12x2.png", "norain/norain-12x2.png", "norain/norain-1x2.png"],
-        [("rain/norain-1x2.png", "norain/norain-1x2.png"), ("rain/norain-12x2.png", "norain/norain-12x2.png")],
-    ),
-    "Rain12": (
-        ["02_in.png", "11_in.png", "02_GT.png", "11_GT.png"],
-        [("02_in.png", "02_GT.png"), ("11_in.png", "11_GT.png")],
-    ),
-}
+from training_sets import find_training_sets, separate
+from utils import InputError, RunError
 
 
-def touch(folder, names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
+def find(folder, **options):
+    """The training set of a folder."""
+    (training_set,) = find_training_sets([str(folder)], [], **options)
+    return training_set
 
 
-def relative(pairs, folder):
-    return [tuple(str(path.relative_to(folder)) for path in pair) for pair in pairs]
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("required", [True, False], ids=["training", "testing"])
-def test_layout_is_found_from_the_folder(tmp_path, name, required):
-    files, expected = LAYOUTS[name]
-    pairs, orphans = find_pairs(touch(tmp_path, [*files, "readme.txt"]), ground_truth_required=required)
-    assert relative(pairs, tmp_path) == expected
-    assert orphans == []
-
-
-@pytest.mark.parametrize("name, folder", [("Rain100H", "rainy"), ("Rain13K", "input"), ("Rain1400", "rainy_image")])
-def test_the_rainy_folder_itself_may_be_named(tmp_path, monkeypatch, name, folder):
-    files, expected = LAYOUTS[name]
-    touch(tmp_path, files)
-    assert relative(find_pairs(tmp_path / folder)[0], tmp_path.resolve()) == expected
-    monkeypatch.chdir(tmp_path)
-    assert relative(find_pairs(folder)[0], tmp_path.resolve()) == expected
-
-
-def test_real_sets_are_found_whole(shared):
-    counts = {"train/RainTrainL": 200, "train/RainTrainH": 18, "test/Rain100L": 20, "test/Rain100H/rainy": 20}
-    for folder, count in counts.items():
-        pairs, orphans = find_pairs(shared / "data" / folder)
-        assert len(pairs) == count and orphans == []
-
-
-def test_orphans_are_left_out_and_named(tmp_path):
-    touch(tmp_path, ["rain-1.png", "norain-1.png", "rain-7.png", "norain-20.png", "cat.png"])
-    pairs, orphans = find_pairs(tmp_path)
-    assert relative(pairs, tmp_path) == [("rain-1.png", "norain-1.png")]
-    assert orphans == ["norain-20.png", "rain-7.png"]
-    # A test set's image without ground truth is still to be derained.
-    pairs, orphans = find_pairs(tmp_path, ground_truth_required=False)
-    assert [(pair.rainy.name, pair.clean and pair.clean.name) for pair in pairs] == [
-        ("rain-1.png", "norain-1.png"), ("rain-7.png", None)
-    ]
-    assert orphans == ["norain-20.png", "rain-7.png"]
-
-
-def test_folder_without_ground_truth_is_real_rain(tmp_path):
-    touch(tmp_path, ["real_10.jpg", "real_9.PNG", "notes.txt"])
-    pairs, orphans = find_pairs(tmp_path, ground_truth_required=False)
-    assert [(pair.rainy.name, pair.clean) for pair in pairs] == [("real_9.PNG", None), ("real_10.jpg", None)]
-    with pytest.raises(InputError, match="no rainy/clean pairs"):
-        find_pairs(tmp_path)
+def prepare(folder, packed_dir, patch_size=32, stride=20, preprocess=False, skip_small=False, **options):
+    """The patches of a folder, packed where they are not yet."""
+    return open_patches(find(folder, **options), packed_dir, patch_size, stride, preprocess, skip_small)
 
 
 # Packing
@@ -123,28 +53,31 @@ def test_patches_reach_every_pixel_and_lie_inside(length, patch, stride):
     assert all(0 < after - before <= stride for before, after in itertools.pairwise(positions))
 
 
-def test_packed_patches_are_the_pictures(tmp_path):
+@pytest.mark.parametrize("half", [None, "left"])
+def test_packed_patches_are_the_pictures(tmp_path, half):
     """Put every patch back where its origin says: both images must come out whole."""
     folder = make_pairs(tmp_path / "pairs", (3, 20), 48, 64)
-    pairs, _ = find_pairs(folder)
-    pack(pairs, tmp_path / "packed.h5", 32, 20)
-    patches = PackedPatches(tmp_path / "packed.h5")
-    canvases = {pair.rainy.name: [np.full((48, 64, 3), -1) for _ in range(2)] for pair in pairs}
+    expected = {
+        str(number): [cv2.imread(str(folder / f"{name}-{number}.png"))[..., ::-1] for name in ("rain", "norain")]
+        for number in (3, 20)
+    }
+    if half:
+        folder = tmp_path / "both"
+        for number, images in expected.items():
+            save(folder / f"rain-{number}.png", np.hstack(images))
+    patches = prepare(folder, tmp_path / "packed", rainy_half=half)
+    canvases = {number: [np.full((48, 64, 3), -1) for _ in range(2)] for number in expected}
+    assert patches.names == ["rain-3.png", "rain-20.png"]
     for index in range(len(patches)):
         number, top, left = patches.origin[index]
-        for canvas, patch in zip(canvases[patches.names[number]], patches[index]):
+        for canvas, patch in zip(canvases[patches.names[number][5:-4]], patches[index], strict=True):
             assert patch.dtype == np.uint8 and patch.shape == (32, 32, 3)
             canvas[top : top + 32, left : left + 32] = patch
         assert patches.describe(index) == f"{patches.names[number]} at row {top}, column {left}"
-    for pair in pairs:
-        for canvas, path in zip(canvases[pair.rainy.name], pair):
-            assert np.array_equal(canvas, cv2.imread(str(path))[..., ::-1])
-    with h5py.File(tmp_path / "packed.h5") as file:
+    for number, images in expected.items():
+        assert all(np.array_equal(canvas, image) for canvas, image in zip(canvases[number], images, strict=True))
+    with h5py.File(patches.paths[0]) as file:
         assert file["rainy"].dtype == file["clean"].dtype == np.uint8
-
-
-def prepare(folder, packed_dir, **options):
-    return prepare_patches(folder, packed_dir, **{"patch_size": 32, "stride": 20, **options})[0]
 
 
 def test_packing_happens_once_and_again_after_a_change(pairs_dir, tmp_path, capsys):
@@ -162,82 +95,131 @@ def test_packing_happens_once_and_again_after_a_change(pairs_dir, tmp_path, caps
     assert packed_because() == "--preprocess"
     make_pairs(pairs_dir, (9,))
     assert len(prepare(pairs_dir, packed_dir)) == 4 * 6
-    assert "have changed" in packed_because()
+    assert packed_because() == "the folder has changed"
     (pairs_dir / "rain-2.png").unlink()
     assert len(prepare(pairs_dir, packed_dir)) == 3 * 6
-    assert "have changed" in packed_because()
+    assert packed_because() == "the folder has changed"
     save(pairs_dir / "rain-1.png", photo(77))
     changed = prepare(pairs_dir, packed_dir)
-    assert "have changed" in packed_because()
+    assert packed_because() == "the folder has changed"
     assert np.array_equal(changed[0][0], read_rgb(pairs_dir / "rain-1.png")[:32, :32])
     os.utime(pairs_dir / "norain-3.png", ns=(0, 0))  # an edit may keep the size
     prepare(pairs_dir, packed_dir)
-    assert "have changed" in packed_because()
-    for option in ({"stride": 16}, {"patch_size": 24}, {"hold_out": 1}):
-        prepare(pairs_dir, packed_dir, **option)
-        assert "have changed" in packed_because(), option
-    assert sorted(path.name for path in packed_dir.iterdir()) == [packed_path(pairs_dir, packed_dir).name]
+    assert packed_because() == "the folder has changed"
+    assert len(list(packed_dir.iterdir())) == 1, "each time the same file"
 
 
-def test_namesake_folders_have_their_own_packed_files(tmp_path):
-    first, second = make_pairs(tmp_path / "a/RainTrainL"), make_pairs(tmp_path / "b/RainTrainL", (7,))
-    assert len(prepare(first, tmp_path)) == 18 and len(prepare(second, tmp_path)) == 6
-    assert len(prepare(first, tmp_path)) == 18
+def test_runs_that_cut_otherwise_do_not_overwrite_one_another(tmp_path, capsys):
+    """Other patches, strides, namesakes and hold-outs have packed files of their own, and none is packed twice."""
+    first, second = make_pairs(tmp_path / "a/RainTrainL"), make_pairs(tmp_path / "b/RainTrainL", (7, 8, 9, 10))
+    test_set = make_pairs(tmp_path / "test", (2,))
+    kinds = [  # folder, patch, stride, held out, test sets: number of patches
+        ((first, 32, 20, 0, []), 18), ((first, 32, 16, 0, []), 18), ((first, 32, 10, 0, []), 3 * 15),
+        ((first, 24, 20, 0, []), 3 * 9), ((second, 32, 20, 0, []), 24), ((first, 32, 20, 1, []), 12),
+        ((first, 32, 20, 2, []), 6), ((first, 32, 20, 0, [test_set]), 12),
+    ]
+    for again in (False, True):
+        for (folder, patch, stride, count, tests), patches in kinds:
+            training_set = find(folder)
+            separate([training_set], [count], [], tests)
+            assert len(open_patches(training_set, tmp_path / "packed", patch, stride)) == patches
+        assert capsys.readouterr().out.count(": packing ") == (0 if again else len(kinds))
 
 
-def test_held_out_pairs_are_not_packed(pairs_dir, tmp_path):
-    patches, held_out = prepare_patches(pairs_dir, tmp_path / "packed", 32, 20, hold_out=2)
-    assert len(held_out) == 2
-    assert {pair.rainy.name for pair in held_out} | set(patches.names) == {f"rain-{n}.png" for n in (1, 2, 3)}
-    assert len(patches.names) == 1
+def test_what_is_held_out_is_not_packed(pairs_dir, tmp_path):
+    training_set = find(pairs_dir)
+    held_out = separate([training_set], [2], [], [])
+    names = open_patches(training_set, tmp_path, 32, 20).names
+    assert len(names) == 1 and len(held_out) == 2
+    assert {pair.rainy.name for pair in held_out} | set(names) == {f"rain-{n}.png" for n in (1, 2, 3)}
 
 
-class Interrupted(Exception):
-    pass
+def test_a_packed_file_of_another_version_is_packed_anew(pairs_dir, tmp_path):
+    path = prepare(pairs_dir, tmp_path).paths[0]
+    with h5py.File(path, "r+") as file:
+        del file.attrs["content"]
+        file.attrs["fingerprint"] = "text of variable length"
+    assert len(prepare(pairs_dir, tmp_path)) == 18 and len(PackedPatches(path).content) == 64
+
+
+# What a resumed run knows its data by
+
+
+def test_content_is_that_of_the_pixels_wherever_they_lie(pairs_dir, tmp_path):
+    original = prepare(pairs_dir, tmp_path / "packed")
+    shutil.copytree(pairs_dir, tmp_path / "elsewhere/named otherwise", copy_function=shutil.copyfile)
+    copied = prepare(tmp_path / "elsewhere/named otherwise", tmp_path / "elsewhere/packed")
+    for path in pairs_dir.iterdir():
+        path.touch()
+    touched = prepare(pairs_dir, tmp_path / "packed")
+    repacked = prepare(pairs_dir, tmp_path / "packed", preprocess=True)
+    assert original.content == copied.content == touched.content == repacked.content
+    assert len({original.fingerprint, copied.fingerprint, touched.fingerprint}) == 3, "each was packed"
+    facts = [{**source.summary(), "folder": None} for source in (original, copied)]
+    assert facts[0] == facts[1]
+    assert facts[0] == {
+        "folder": None, "count": 1, "patches": 18, "size": 32, "images": 3, "content": original.content
+    }
+
+
+@pytest.mark.parametrize("edit", ["a pixel of a rainy image", "a pixel of a clean image", "stride", "images swapped"])
+def test_content_is_another_after_an_edit(pairs_dir, tmp_path, edit):
+    original = prepare(pairs_dir, tmp_path)
+    if edit == "images swapped":
+        (pairs_dir / "rain-2.png").rename(tmp_path / "image")
+        (pairs_dir / "norain-2.png").rename(pairs_dir / "rain-2.png")
+        (tmp_path / "image").rename(pairs_dir / "norain-2.png")
+    elif edit != "stride":
+        path = pairs_dir / ("rain-2.png" if "rainy" in edit else "norain-2.png")
+        image = read_rgb(path).copy()
+        image[-1, -1, 2] ^= 1
+        save(path, image)
+    changed = prepare(pairs_dir, tmp_path, stride=16 if edit == "stride" else 20)
+    assert len(changed) == len(original) and changed.content != original.content
+
+
+# Interrupted
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["first packing", "repacking"])
-def test_interrupted_packing_leaves_what_was_there(pairs_dir, tmp_path, monkeypatch, before):
+def test_packing_that_fails_half_way_leaves_what_was_there(pairs_dir, tmp_path, before):
+    """The header of the third image is whole, so that this shows when it is read."""
     packed_dir = tmp_path / "packed"
     packed_dir.mkdir()
     if before:
         prepare(pairs_dir, packed_dir)
-    state, calls = contents(packed_dir), itertools.count()
-
-    def read_then_fail(path):
-        if next(calls) >= 3:
-            raise Interrupted
-        return read_rgb(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DerainDataset, "read_rgb", read_then_fail)
-        with pytest.raises(Interrupted):
-            prepare(pairs_dir, packed_dir, preprocess=True)
+    state, path = contents(packed_dir), pairs_dir / "rain-3.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="rain-3.png: not a readable image"):
+        prepare(pairs_dir, packed_dir)
     assert contents(packed_dir) == state
+    path.write_bytes(whole)
     assert len(prepare(pairs_dir, packed_dir)) == 18
 
 
-def test_killed_packing_leaves_what_was_there(pairs_dir, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+def test_killed_packing_leaves_what_was_there(pairs_dir, tmp_path, monkeypatch):
     packed_dir = tmp_path / "packed"
     prepare(pairs_dir, packed_dir)
-    state = contents(packed_dir)
-    program = f"""
-import time, DerainDataset
-read_rgb = DerainDataset.read_rgb
-def slow(path):
-    if "3" in path.name:
-        print("halfway", flush=True)
-        time.sleep(60)
-    return read_rgb(path)
-DerainDataset.read_rgb = slow
-DerainDataset.prepare_patches({str(pairs_dir)!r}, {str(packed_dir)!r}, 32, 20, preprocess=True)
-"""
-    child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while "halfway" not in child.stdout.readline():
-        assert child.poll() is None
-    child.kill()
-    child.communicate()
-    (name,) = state
+    (name,) = state = contents(packed_dir)
+    receive, send = multiprocessing.Pipe(duplex=False)
+    read_pair = DerainDataset.read_pair
+
+    def halt(pair):
+        if "3" in pair.rainy.name:
+            send.send("halfway")
+            time.sleep(60)
+        return read_pair(pair)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DerainDataset, "read_pair", halt)
+        child = multiprocessing.get_context("fork").Process(target=prepare, args=(pairs_dir, packed_dir, 32, 20, True))
+        child.start()
+    assert receive.poll(30)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert len(contents(packed_dir)) > 1, "it had begun to write"
     assert contents(packed_dir)[name] == state[name]
     # What the kill left over does not disturb the next run, which clears it away.
     assert len(prepare(pairs_dir, packed_dir, preprocess=True)) == 18
@@ -246,8 +228,7 @@ DerainDataset.prepare_patches({str(pairs_dir)!r}, {str(packed_dir)!r}, 32, 20, p
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.999])
 def test_cut_short_file_is_named(pairs_dir, tmp_path, share):
-    prepare(pairs_dir, tmp_path / "packed")
-    path = packed_path(pairs_dir, tmp_path / "packed")
+    path = prepare(pairs_dir, tmp_path / "packed").paths[0]
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(InputError, match="cut short") as caught:
         prepare(pairs_dir, tmp_path / "packed")
@@ -261,13 +242,156 @@ def test_foreign_hdf5_file_is_named(tmp_path):
         PackedPatches(tmp_path / "other.h5")
 
 
-def test_size_mismatch_and_small_images_are_named(pairs_dir, tmp_path):
-    with pytest.raises(InputError, match="rain-1.png is 64x48, smaller than --patch_size 50"):
-        prepare(pairs_dir, tmp_path, patch_size=50)
+# Memory and disk
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_work_is_not_done_far_ahead_of_who_takes_it(monkeypatch, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    begun = []
+    results = map_in_order(lambda number: begun.append(number) or number, ((number,) for number in range(200)))
+    for taken in range(200):
+        assert next(results) == taken
+        if taken % 40 == 0:
+            time.sleep(0.05)
+        assert len(begun) <= taken + 1 + 2 * threads
+    assert next(results, None) is None and sorted(begun) == list(range(200))
+
+
+def test_results_come_in_order_and_errors_where_they_belong():
+    """Later jobs are done first here."""
+
+    def work(number):
+        time.sleep(0.02 if number % 4 == 0 else 0)
+        return 1 / (number - 10)
+
+    results = map_in_order(work, ((number,) for number in range(20)))
+    assert [next(results) for _ in range(10)] == [1 / (number - 10) for number in range(10)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_packing_holds_few_images_where_the_disk_is_slow(tmp_path, monkeypatch):
+    """All would be decoded long before the first is written."""
+    folder = make_pairs(tmp_path / "pairs", range(60), 24, 24)
+    alive, most = [0], [0]
+    cut_patches, write = DerainDataset.cut_patches, h5py.Dataset.__setitem__
+
+    def forget():
+        alive[0] -= 1
+
+    def cut(*args):
+        *patches, digest = cut_patches(*args)
+        for array in patches:
+            alive[0] += 1
+            weakref.finalize(array, forget)
+        most[0] = max(most[0], alive[0])
+        return *patches, digest
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(DerainDataset, "cut_patches", cut)
+    monkeypatch.setattr(h5py.Dataset, "__setitem__", lambda *args: time.sleep(0.003) or write(*args))
+    prepare(folder, tmp_path / "packed", 24, 24)
+    gc.collect()
+    assert alive[0] == 0 and 2 <= most[0] <= 2 * 8, "of 120 arrays"
+
+
+SAID = re.compile(r"packing 6 pairs into (.*), ([\d.]+) MB \(no packed file yet\)")
+
+
+@pytest.mark.parametrize("patch, stride", [(100, 80), (32, 20), (240, 80)])
+def test_the_size_that_packing_announces_is_the_files(tmp_path, capsys, patch, stride):
+    prepare(make_pairs(tmp_path / "pairs", range(6), 240, 320), tmp_path / "packed", patch, stride)
+    path, megabytes = SAID.search(capsys.readouterr().out).groups()
+    size = os.path.getsize(path) / 1e6
+    assert size <= float(megabytes) + 0.05 and float(megabytes) <= 1.05 * size + 0.1
+
+
+@pytest.mark.parametrize("patch, stride, names", [(11, 11, "x"), (11, 3, "x" * 200), (47, 1, "x")])
+def test_the_size_is_never_less_than_the_files(tmp_path, patch, stride, names):
+    """Or the disk could be full where HDF5 crashes."""
+    for number in range(40):
+        for kind in ("input", "target"):
+            save(tmp_path / f"pairs/{kind}/{names}{number}.png", photo(number, 47, 50))
+    training_set = find(tmp_path / "pairs")
+    path = open_patches(training_set, tmp_path / "packed", patch, stride).paths[0]
+    cuts, _ = plan_cuts(training_set.pairs, patch, stride)
+    assert path.stat().st_size <= packed_size(cuts, patch) <= 1.3 * path.stat().st_size + 2**16
+
+
+def test_packing_needs_room_before_it_starts(pairs_dir, small_disk, tmp_path):
+    disk = small_disk("96k")
+    with pytest.raises(InputError) as caught:
+        prepare(pairs_dir, disk / "packed")
+    message = str(caught.value)
+    assert message.startswith(f"--packed_dir {disk / 'packed'}: ") and "\n" not in message
+    needed, free = map(float, re.findall(r"([\d.]+) MB", message))
+    assert needed == pytest.approx(18 * 2 * 3 * 32**2 / 1e6, abs=0.1) and 0.08 <= free <= 0.1
+    assert list(disk.iterdir()) == []
+
+
+def test_disk_that_others_fill_while_packing_loses_nothing(pairs_dir, small_disk, tmp_path, monkeypatch):
+    disk = small_disk("96k")
+    path = packed_path(find(pairs_dir), disk, 32, 20)
+    path.write_bytes(b"a good file of before")
+    monkeypatch.setattr(DerainDataset, "check_disk", lambda *args: None)  # there was room at that time
+    with pytest.raises(RunError, match=f"{path}: could not be written .No space left"):
+        prepare(pairs_dir, disk, preprocess=True)
+    assert contents(disk) == {path.name: b"a good file of before"}
+
+
+# Images that cannot be packed
+
+
+def test_all_small_images_are_named(tmp_path):
+    folder = make_pairs(tmp_path / "pairs", range(1, 4), 48, 64)
+    make_pairs(folder, (5, 7), 20, 64)
+    make_pairs(folder, (6,), 64, 31)
+    with pytest.raises(InputError) as caught:
+        prepare(folder, tmp_path / "packed")
+    expected = ", ".join(
+        f"{folder / f'rain-{number}.png'} ({size})" for number, size in ((5, "64x20"), (6, "31x64"), (7, "64x20"))
+    )
+    assert str(caught.value) == f"smaller than --patch_size 32: {expected}; --skip_small leaves such images out"
+    assert not (tmp_path / "packed").exists()
+
+
+def test_skip_small_leaves_them_out_by_name(tmp_path, capsys):
+    folder = make_pairs(tmp_path / "pairs", range(1, 4), 48, 64)
+    make_pairs(folder, (5, 7), 20, 64)
+    patches = prepare(folder, tmp_path / "packed", skip_small=True)
+    assert patches.names == [f"rain-{number}.png" for number in (1, 2, 3)] and len(patches) == 18
+    assert f"{folder}: left out 2 (smaller than 32 px): rain-5.png, rain-7.png\n" in capsys.readouterr().out
+    assert patches.summary()["images"] == 3
+    with pytest.raises(InputError, match="smaller than --patch_size 32: .*rain-5.png"):
+        prepare(folder, tmp_path / "packed")
+    with pytest.raises(InputError, match=f"--data_path {folder}: no image is as large as --patch_size 50"):
+        prepare(folder, tmp_path / "packed", 50, skip_small=True)
+
+
+def test_case_of_a_tiny_training_image(shared, tmp_path):
+    folder = shared / "cases/tiny_training_image/tiny"
+    with pytest.raises(InputError, match=f"smaller than --patch_size 40: {folder / 'rain-3.png'} .20x64.; --skip"):
+        prepare(folder, tmp_path, 40)
+    assert prepare(folder, tmp_path, 40, skip_small=True).names == ["rain-1.png", "rain-2.png", "rain-4.png"]
+
+
+def test_pair_of_two_sizes_is_named(pairs_dir, tmp_path):
     save(pairs_dir / "norain-2.png", photo(2, 48, 65))
-    with pytest.raises(InputError, match=r"rain-2.png is 64x48 but its clean image norain-2.png is 65x48"):
-        prepare(pairs_dir, tmp_path)
-    assert not list(tmp_path.glob("*.h5*"))
+    for skip_small in (False, True):
+        with pytest.raises(InputError, match="rain-2.png is 64x48 but its clean image norain-2.png is 65x48"):
+            prepare(pairs_dir, tmp_path / "packed", skip_small=skip_small)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_images_are_packed_as_they_are_shown(shared, tmp_path):
+    """A 16-bit PNG with an EXIF orientation, beside a clean image that was turned for good."""
+    path = shared / "cases/exif_16bit_png/rgb16_exif6.png"
+    (tmp_path / "pairs").mkdir()
+    shutil.copyfile(path, tmp_path / "pairs/rain-1.png")
+    save(tmp_path / "pairs/norain-1.png", read_rgb(path))
+    patches = prepare(tmp_path / "pairs", tmp_path / "packed")
+    assert len(patches) and all(np.array_equal(*patches[index]) for index in range(len(patches)))
 
 
 # PReNet's own files
@@ -286,13 +410,13 @@ def write_prenet(folder, count=5, size=24, targets=None):
     return arrays
 
 
-def test_prenets_files_are_read_as_they_are(tmp_path, capsys):
+def test_prenets_files_are_read_as_they_are(tmp_path):
     # More than ten: HDF5 lists the keys as "0", "1", "10", "11", "2", ...
     inputs, targets = write_prenet(tmp_path / "prenet", count=12)
-    source, _ = prepare_patches(tmp_path / "prenet", tmp_path / "packed", 100, 80)
-    assert "train_input.h5" in capsys.readouterr().out and not (tmp_path / "packed").exists()
+    source = prepare(tmp_path / "prenet", tmp_path / "packed", 100, 80)
+    assert not (tmp_path / "packed").exists()
     dataset = TrainingPatches([source], augment=False)
-    assert len(dataset) == 12
+    assert len(dataset) == 12 and dataset.describe(3) == "prenet patch 3"
     for index in range(12):
         rainy, clean, number = dataset[0, index]
         assert number == index and rainy.dtype == torch.float32
@@ -302,7 +426,7 @@ def test_prenets_files_are_read_as_they_are(tmp_path, capsys):
 def test_prenets_files_of_different_lengths_are_refused(tmp_path):
     write_prenet(tmp_path / "prenet", count=5, targets=4)
     with pytest.raises(InputError, match="train_input.h5 has 5 patches but train_target.h5 has 4"):
-        PReNetPatches(tmp_path / "prenet")
+        prepare(tmp_path / "prenet", tmp_path)
 
 
 # Reading patches
@@ -325,10 +449,14 @@ def collect(dataset, workers, context=None, epochs=2):
 @pytest.fixture
 def dataset(pairs_dir, tmp_path):
     write_prenet(tmp_path / "prenet", size=32)
-    return TrainingPatches([prepare(pairs_dir, tmp_path / "packed"), PReNetPatches(tmp_path / "prenet")], seed=3)
+    sources = [prepare(pairs_dir, tmp_path / "packed"), prepare(tmp_path / "prenet", tmp_path / "packed")]
+    return TrainingPatches(sources, seed=3)
 
 
-@pytest.mark.parametrize("workers, context", [(1, "fork"), (3, "fork"), (2, "spawn")])
+SPAWN = pytest.param(1, "spawn", marks=pytest.mark.slow)  # imports PyTorch anew
+
+
+@pytest.mark.parametrize("workers, context", [(1, "fork"), (3, "fork"), SPAWN])
 def test_workers_do_not_change_the_batches(dataset, workers, context):
     dataset[0, 0]  # a handle is open in this process already, and must not be used in another
     expected = collect(dataset, 0)
@@ -336,6 +464,12 @@ def test_workers_do_not_change_the_batches(dataset, workers, context):
     for batch, other in zip(expected, collect(dataset, workers, context), strict=True):
         assert all(torch.equal(tensor, same) for tensor, same in zip(batch, other, strict=True))
     dataset[0, 0]
+
+
+def test_a_dataset_can_be_sent_to_another_process(dataset):
+    expected = dataset[1, 3], dataset[1, 20]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(a[part], b[part]) for a, b in zip(expected, (copy[1, 3], copy[1, 20])) for part in (0, 1))
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork")
@@ -380,80 +514,82 @@ def test_augmentation_mirrors_both_and_depends_on_seed_epoch_and_index_alone(dat
     assert len({tuple(flags) for flags in mirrored.values()}) == 3
 
 
-def test_batches_cover_the_epoch_once_and_can_begin_in_the_middle():
+def test_sources_of_several_patch_sizes_are_refused(pairs_dir, tmp_path):
+    sources = [prepare(pairs_dir, tmp_path, 24), prepare(make_pairs(tmp_path / "others"), tmp_path, 32)]
+    with pytest.raises(InputError, match="patches of one size, found 24 px .* 32 px"):
+        TrainingPatches(sources)
+
+
+def test_a_folder_counts_as_often_as_it_says(pairs_dir, tmp_path):
+    others = make_pairs(tmp_path / "others", (7,))
+    (first, second) = find_training_sets([f"{pairs_dir}:3", f"{others}:1"], [])
+    sources = [open_patches(training_set, tmp_path / "packed", 32, 20) for training_set in (first, second)]
+    dataset = TrainingPatches(sources, augment=False, seed=3)
+    assert len(dataset) == 3 * 18 + 6 and len(TrainingPatches(sources[::-1])) == 60
+    seen = [dataset.describe(index) for index in range(60)]
+    assert seen[:18] == seen[18:36] == seen[36:54] and seen[54].startswith("rain-7.png at row 0")
+    assert len(set(seen)) == 24
+    for index in range(18):
+        copies = [dataset[0, index + 18 * k] for k in range(3)]
+        assert [copy[2] for copy in copies] == [index, index + 18, index + 36]
+        assert all(torch.equal(copies[0][part], copy[part]) for copy in copies for part in (0, 1))
+    wet = TrainingPatches(sources, augment=False, seed=3, rain=TrainingRain(1, "heavy"))
+    for index in range(18):
+        copies = [wet[0, index + 18 * k] for k in range(3)]
+        assert all(torch.equal(copies[0][1], copy[1]) for copy in copies)
+        assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(copies, 2)), "other rain each time"
+    assert sources[0].summary()["count"] == 3 and sources[0].summary()["patches"] == 18
+
+
+# Batches
+
+
+def test_batches_cover_the_epoch_once_in_another_order_each_time():
     sampler = ShuffledBatches(22, 4, seed=1)
     epochs = []
     for epoch in range(2):
         sampler.start(epoch)
         epochs.append(list(sampler))
-        assert len(sampler) == len(epochs[-1]) == 5
+        assert len(epochs[-1]) == 5
         items = [item for batch in epochs[-1] for item in batch]
         assert {e for e, _ in items} == {epoch} and len({index for _, index in items}) == 20
     assert [index for _, index in epochs[0][0]] != [index for _, index in epochs[1][0]]
-    sampler.start(1, first=3)
-    assert list(sampler) == epochs[1][3:] and len(sampler) == 2
     assert list(ShuffledBatches(22, 4, seed=2)) != epochs[0]
     assert len(list(ShuffledBatches(3, 4))) == 1, "fewer patches than a batch still train"
 
 
-# Leakage
+def test_an_epoch_can_begin_at_a_sample_and_keeps_its_length():
+    sampler = ShuffledBatches(22, 4, seed=1)
+    sampler.start(1)
+    whole = list(sampler)
+    for batches in range(6):
+        sampler.start(1, 4 * batches)
+        assert list(sampler) == whole[batches:] and len(sampler) == 5
+    sampler.start(1, 22)
+    assert list(sampler) == [] and len(sampler) == 5
 
 
-def test_planted_test_backgrounds_are_found(tmp_path, run):
-    """Training pairs that show test background 0: as it is, as JPEG, mirrored, half size; and one that shows none."""
-    background = photo(100, 96, 128)
-    for number in range(4):
-        clean = background if number == 2 else photo(200 + number, 96, 128)
-        save(tmp_path / f"test/norain-{number}.png", clean)
-        save(tmp_path / f"test/rainy/rain-{number}.png", with_rain(clean))
-    damaged = cv2.imdecode(cv2.imencode(".jpg", background, [cv2.IMWRITE_JPEG_QUALITY, 25])[1], cv2.IMREAD_COLOR)
-    assert np.abs(damaged.astype(int) - background).max() > 5
-    views = [background, damaged, background[:, ::-1], cv2.resize(background, (64, 48)), photo(300, 96, 128)]
-    for number, clean in enumerate(views):
-        save(tmp_path / f"train/target/{number}.png", clean)
-        save(tmp_path / f"train/input/{number}.png", with_rain(clean, 7))
-
-    result = run("DerainDataset", "--check", tmp_path / "train", tmp_path / "test")
-    assert result.status == 0
-    lines = result.out.splitlines()
-    assert len(lines) == 5 and "4 of 5 pairs" in lines[-1]
-    for number, line in enumerate(lines[:4]):
-        assert line.startswith(f"{number}.png") and "norain-2.png" in line
-
-    patches = prepare(tmp_path / "train", tmp_path / "packed", exclude_test=[tmp_path / "test"])
-    assert list(patches.names) == ["4.png"]
+@pytest.mark.parametrize("other", [1, 2, 3, 5, 12])
+def test_another_batch_size_goes_on_at_the_same_sample(other):
+    """Neither a patch twice nor one left out."""
+    first, second = ShuffledBatches(24, 4, seed=1), ShuffledBatches(24, other, seed=1)
+    first.start(2)
+    order = [item for batch in first for item in batch]
+    second.start(2, 8)
+    rest = [item for batch in second for item in batch]
+    assert rest == order[8 : 8 + len(rest)] and len(rest) == 16 // other * other
 
 
-@pytest.mark.parametrize(
-    "train, leaks",
-    [("train/RainTrainL", 0), ("train/RainTrainH", 0), ("clean", 0), ("test/Rain100H", 20)],
-)
-def test_real_training_photographs_are_told_from_test_backgrounds(shared, train, leaks):
-    """RainTrainL, RainTrainH's 18 pairs and the clean photographs have no test background; Rain100H has Rain100L's."""
-    folder = shared / "data" / train
-    pairs = [Pair(path, path) for path in folder.iterdir()] if train == "clean" else find_pairs(folder)[0]
-    found = find_leaks(pairs, shared / "data/test/Rain100L")
-    assert len(found) == leaks, found
-
-
-def test_sources_of_several_patch_sizes_are_refused(pairs_dir, tmp_path):
-    sources = [prepare_patches(pairs_dir, tmp_path, size, 20)[0] for size in (24,)]
-    sources.append(prepare_patches(make_pairs(tmp_path / "others"), tmp_path, 32, 20)[0])
-    with pytest.raises(InputError, match="patches of one size, found 24 px .* 32 px"):
-        TrainingPatches(sources)
-
-
-def test_holding_out_every_pair_is_refused(pairs_dir, tmp_path):
-    with pytest.raises(InputError, match="3 pairs, of which 3 are held out"):
-        prepare_patches(pairs_dir, tmp_path, 32, 20, hold_out=3)
-
-
-def test_the_rainy_folder_is_found_from_inside(tmp_path, monkeypatch):
-    save(tmp_path / "set/norain-1.png", photo(1))
-    save(tmp_path / "set/rainy/rain-1.png", photo(2))
-    monkeypatch.chdir(tmp_path / "set/rainy")
-    (pair,), _ = find_pairs(".", ground_truth_required=False)
-    assert pair.clean.name == "norain-1.png"
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shares_of_the_processes_make_up_the_batch(ranks):
+    whole = ShuffledBatches(40, 6, seed=1)
+    shares = [ShuffledBatches(40, 6, 1, rank, ranks) for rank in range(ranks)]
+    for sampler in (whole, *shares):
+        sampler.start(3, 6)
+    assert {len(share) for share in shares} == {len(whole)}
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {len(part) for part in parts} == {6 // ranks}
+        assert sorted(item for part in parts for item in part) == sorted(batch)
 
 
 # New rain
@@ -472,12 +608,12 @@ def with_new_rain(dataset, *rain):
 
 @pytest.fixture
 def pairs_and_photographs(pairs_dir, clean_dir, tmp_path):
-    sources = [prepare(folder, tmp_path / "packed", draw_rain=True) for folder in (clean_dir, pairs_dir)]
+    sources = [prepare(folder, tmp_path / "packed", photographs=True) for folder in (clean_dir, pairs_dir)]
     assert [source.clean_only for source in sources] == [True, False]
     return TrainingPatches(sources, seed=3)
 
 
-@pytest.mark.parametrize("workers, context", [(2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize("workers, context", [(2, "fork"), SPAWN])
 def test_new_rain_depends_on_seed_epoch_and_index_alone(pairs_and_photographs, workers, context):
     """In other processes, in another order, or begun in the middle as after --resume: the same patches."""
     rainy = with_new_rain(pairs_and_photographs, 0.4, "both", 0.4, 0.5)
@@ -521,12 +657,9 @@ def test_mixed_rain_comes_from_pairs_only(pairs_and_photographs):
         assert (added == 0).all(axis=(0, 1)).any() and (added.max((0, 1)) > 0).any(), "dry columns and wet ones"
 
 
-def test_clean_photographs_need_rain(clean_dir, tmp_path, capsys):
-    with pytest.raises(InputError, match="no rainy/clean pairs.*--rain_synth"):
-        prepare(clean_dir, tmp_path / "packed")
-    patches, held_out = prepare_patches(clean_dir, tmp_path / "packed", 32, 20, hold_out=1, draw_rain=True)
-    assert "2 images without pairs, taken as clean photographs" in capsys.readouterr().out
-    assert len(patches) == 2 * 6 and held_out == []
+def test_clean_photographs_get_rain(clean_dir, tmp_path):
+    patches = prepare(clean_dir, tmp_path / "packed", photographs=True)
+    assert len(patches) == 2 * 6 and patches.clean_only
     rainy, clean = patches[0]
     assert np.array_equal(rainy, clean) and np.array_equal(clean, read_rgb(clean_dir / "5.jpg")[:32, :32])
     wet = TrainingPatches([patches], rain=TrainingRain(0.01, "heavy"))
@@ -535,11 +668,11 @@ def test_clean_photographs_need_rain(clean_dir, tmp_path, capsys):
         TrainingPatches([patches], rain=TrainingRain(0.5, "heavy", 0.5))
 
 
-def test_new_rain_leaves_orphans_of_pairs_out(pairs_dir, tmp_path, capsys):
+def test_new_rain_leaves_images_without_a_partner_out(pairs_dir, tmp_path, capsys):
     (pairs_dir / "norain-2.png").unlink()
-    patches = prepare(pairs_dir, tmp_path / "packed", draw_rain=True)
+    patches = prepare(pairs_dir, tmp_path / "packed", photographs=True)
     assert list(patches.names) == ["rain-1.png", "rain-3.png"] and not patches.clean_only
-    assert "left out 1 without a partner: rain-2.png" in capsys.readouterr().out
+    assert "left out 1 (no pair by their names): rain-2.png" in capsys.readouterr().out
 
 
 def test_mixing_pairs_that_are_not_clean_plus_streaks_is_refused(pairs_dir, tmp_path):

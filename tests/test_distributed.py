@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, make_pairs
 from networks import SAPNet
 from test_train import options
-from utils import load_weights
+from checkpoints import load_weights
 
 
 def start(processes, *arguments):

@@ -1,5 +1,6 @@
 """The strip runner against the plain network: same numbers, whatever the size, the strips and the memory."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,11 +8,15 @@ import torch
 import torch.nn.functional as F
 
 import inference
+from checkpoints import load_network
+from images import read_rgb
 from inference import (
-    FeatureMap, StripRunner, column_sums, dense_kernel, dilated_conv, relu, self_ensemble, window_sums,
+    FeatureMap, StripRunner, column_sums, dense_kernel, dilated_conv, relu, self_ensemble, to_image, to_tensor,
+    window_sums,
 )
+from metrics import luma, psnr
 from networks import RESIDUAL_CONVS, SAPNet
-from utils import load_network, luma, psnr, read_rgb, to_image, to_tensor
+from utils import RunError
 
 VARIANTS = [
     {}, {"use_dilation": False}, {"residual_conv": "separable"}, {"residual_conv": "split"},
@@ -32,16 +37,57 @@ def difference(net, image, dtype=torch.float32, **options):
     return (result - expected).abs().max().item()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_every_level_survives_the_way_to_a_tensor_and_back(dtype):
+    levels = np.arange(0, np.iinfo(dtype).max + 1, dtype=dtype).reshape(16, -1)
+    image = np.stack((levels, levels[::-1], levels.T.reshape(levels.shape)), 2)
+    tensor = to_tensor(image)
+    assert tensor.shape == (1, 3, *levels.shape) and tensor.dtype == torch.float32
+    assert tensor.min() == 0 and tensor.max() == 1
+    assert to_image(tensor, dtype).dtype == dtype and np.array_equal(to_image(tensor, dtype), image)
+
+
+def test_an_image_is_clamped_and_rounded_to_the_nearest_level():
+    values = torch.tensor([-3, -0.001, 0.4 / 255, 0.6 / 255, 254.4 / 255, 1.001, 7])
+    image = to_image(values[None, None, None].expand(1, 3, 2, 7))
+    assert image.shape == (2, 7, 3) and (image == np.array([0, 0, 0, 1, 254, 255, 255])[None, :, None]).all()
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 1000])
 def test_equals_the_network(variant, rows, monkeypatch):
-    monkeypatch.setattr(inference, "strip_rows", lambda width, device, lean=False: rows)
+    monkeypatch.setattr(inference, "strip_rows", lambda width, device, small=False: rows)
     assert difference(network(**variant), torch.rand(1, 3, 37, 53)) < 1e-5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (5, 9), (15, 17), (33, 31)])
 def test_equals_the_network_where_the_dilation_exceeds_the_image(size):
     assert difference(network(), torch.rand(1, 3, *size)) < 1e-5
+
+
+def test_the_memory_of_an_image_goes_back_to_the_system():
+    """Malloc keeps freed blocks below others that are in use, so the process would grow by images of many sizes."""
+
+    def resident():
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except FileNotFoundError:
+            pytest.skip("no /proc, to read the process's memory from")
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+    def size(features):
+        return features.data.numel() * features.data.element_size()
+
+    for _ in range(2):  # malloc keeps blocks of a size that it has seen freed before
+        before = resident()
+        maps = [FeatureMap(32, height, 400, torch.float32, "cpu") for height in range(100, 400, 50)]
+        for features in maps:
+            features.data.fill_(1)
+        taken, expected = resident() - before, sum(map(size, maps))
+        kept = maps.pop()
+        del maps, features
+        left = resident() - before
+    assert taken > 0.9 * expected and left < size(kept) + 0.1 * expected
 
 
 def test_a_temporary_file_instead_of_memory_changes_nothing(tmp_path, monkeypatch):
@@ -99,6 +145,76 @@ def test_relu_of_numbers_of_any_width(dtype):
     assert torch.equal(out, expected)
     relu(values, out=values)
     assert torch.equal(values, expected)
+    for sign in (1, -1):  # what a processor makes of inf - inf is a NaN with the sign bit set
+        broken = torch.full((40,), sign * torch.nan, dtype=dtype)
+        relu(broken, out=broken)
+        assert broken.isnan().all()
+
+
+def break_image(net, image):
+    image[0, 1, 10, 12] = torch.nan
+
+
+def break_image_by_inf(net, image):
+    image[0, 1, 10, 12] = torch.inf
+
+
+def break_bias(net, image):
+    net.res_conv1[0].bias.data[0] = torch.inf  # inf * 0 and inf - inf in the gates
+
+
+def break_weight(net, image):
+    net.res_conv5[0].weight.data[0] = torch.nan
+
+
+def break_scale(net, image):
+    for parameter in net.parameters():
+        parameter.data.mul_(1e10)  # finite weights, but infinite features
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spoil", [break_image, break_image_by_inf, break_bias, break_weight, break_scale])
+def test_a_nan_on_the_way_reaches_the_whole_output(dtype, spoil):
+    """Through CRA's mean it reaches every pixel of the plain network's output, and must in every precision."""
+    net, image = network(), torch.rand(1, 3, 20, 24)
+    spoil(net, image)
+    with torch.inference_mode():
+        assert not net(image).isfinite().any(), "no case of what is tested"
+    assert not StripRunner(net, dtype)(image).isfinite().any()
+
+
+@pytest.fixture
+def float32_settings():
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    yield settings
+    for setting, precision in zip(settings, before):
+        setting.fp32_precision = precision
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("before", ["tf32", "ieee"])
+def test_float32_is_not_tf32_while_a_runner_runs(float32_settings, monkeypatch, whole, before):
+    """What a GPU would be told inside a run; afterwards, also after an error, the setting is the caller's again."""
+
+    def read():
+        return [setting.fp32_precision for setting in float32_settings]
+
+    for setting in float32_settings:
+        setting.fp32_precision = before
+    monkeypatch.setattr(inference, "runs_whole", lambda image, dtype: whole)
+    net, seen = network(), []
+    runner = StripRunner(net)
+    gate = net.res_conv1[1].conv_du
+    hook = gate.register_forward_hook(lambda *call: seen.append(read()))
+    runner(torch.rand(1, 3, 8, 8))
+    assert seen == [["ieee", "ieee"]] * 3, "once a stage"
+    assert read() == [before, before]
+    hook.remove()
+    gate.register_forward_hook(lambda *call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner(torch.rand(1, 3, 8, 8))
+    assert read() == [before, before]
 
 
 @pytest.mark.parametrize("kind", RESIDUAL_CONVS)
@@ -165,3 +281,11 @@ def test_self_ensemble_averages_what_keeps_rain_upright():
     corner[..., 0, 0] = 1
     marked = self_ensemble(lambda view: corner)(image)[0, 0]
     assert marked[0, 0] == marked[0, -1] == marked[-1, 0] == marked[-1, -1] == 0.25 and marked.sum() == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_that_is_not_finite_becomes_no_image(value):
+    output = torch.zeros(1, 3, 4, 5)
+    output[0, 1, 2, 3] = value
+    with pytest.raises(RunError, match="not finite"):
+        to_image(output)

@@ -9,12 +9,13 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchvision.models import alexnet
 
 import losses
-import train
+from checkpoints import load_checkpoint, save_checkpoint
 from conftest import make_pairs
 from losses import WEIGHTS, DerainLoss, LPIPSLoss, PerceptualContrastiveLoss, SegmentationLoss, focal_loss, psnr_loss
 from networks import SEG_BACKBONES, UBS, SAPNet
+from run_folder import STATE_FILE
 from SSIM import ssim
-from utils import InputError, load_checkpoint, save_checkpoint
+from utils import InputError
 
 RANDOM = {"backbone_weights": "random"}
 SMALL = {"seg_backbone": "resnet18", **RANDOM}
@@ -155,7 +156,7 @@ def test_focal_loss_gradient_and_value():
 def test_pcl_pulls_to_clean_and_pushes_from_rainy(real, request):
     if real:
         loss, images = request.getfixturevalue("vgg_loss"), request.getfixturevalue("golden")
-        derained, clean, rainy = images.derained, images.clean, images.rainy
+        derained, clean, rainy = (image[..., :64, :64] for image in (images.derained, images.clean, images.rainy))
     else:
         loss, (derained, clean, rainy) = PerceptualContrastiveLoss(**RANDOM), random_images()
     to_clean = [loss(derained.lerp(clean, share), clean, rainy).item() for share in (0, 0.25, 0.5, 1)]
@@ -187,7 +188,7 @@ def test_lpips_gradient_of_an_image_depends_on_that_image():
 
 def test_equal_images_give_no_nan():
     criterion = DerainLoss("mse+ssim", {"psnr_loss": 0.02, **WEIGHTS}, **SMALL)
-    derained, clean, rainy = random_images()
+    _, clean, rainy = random_images(1, 32)  # small: a processor without bfloat16 takes long for it
     black = torch.zeros_like(clean)
     for images in ((rainy, clean, rainy), (clean, clean, rainy), (clean, clean, clean), (black, black, black)):
         for mixed in (False, True):
@@ -206,7 +207,7 @@ def test_lpips_gradient_is_finite_where_all_features_are_zero():
 
 def test_autocast_runs_the_backbones_and_leaves_the_sums_in_float32(golden, shared):
     criterion = DerainLoss(weights={"contrast": 0.4, "lpips": 1.0}, backbone_dir=shared / "weights")
-    images = golden.derained, golden.clean, golden.rainy
+    images = [image[:1, :, :32, :32] for image in (golden.derained, golden.clean, golden.rainy)]
     _, exact = criterion(*images)
     with torch.autocast("cpu", torch.bfloat16):
         total, mixed = criterion(*images)
@@ -214,7 +215,7 @@ def test_autocast_runs_the_backbones_and_leaves_the_sums_in_float32(golden, shar
     assert mixed["ssim"] == exact["ssim"]
     for name in ("contrast", "lpips"):
         assert mixed[name] != exact[name]
-        torch.testing.assert_close(mixed[name], exact[name], rtol=0.01, atol=0)
+        torch.testing.assert_close(mixed[name], exact[name], rtol=0.03, atol=0)
 
 
 # Frozen networks
@@ -286,14 +287,17 @@ def test_skipped_term_is_not_computed():
 # Backbone files
 
 
+@pytest.fixture(scope="module")
 def alexnet_state():
+    """AlexNet's names with random convolutions, and of its large classifier a small part."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        return alexnet().state_dict()
+        features = alexnet().features.state_dict()
+    return {**{f"features.{name}": value for name, value in features.items()}, "classifier.6.bias": torch.zeros(1000)}
 
 
-def test_full_and_convolution_only_files_are_the_same(tmp_path):
-    state = alexnet_state()
+def test_full_and_convolution_only_files_are_the_same(alexnet_state, tmp_path):
+    state = alexnet_state
     features = {name: value for name, value in state.items() if name.startswith("features.")}
     for folder, file_name, content in (
         ("full", "alexnet-owt-7be5be79.pth", state),
@@ -308,9 +312,8 @@ def test_full_and_convolution_only_files_are_the_same(tmp_path):
     assert not torch.allclose(full, LPIPSLoss(**RANDOM)(derained, clean), rtol=1e-4)
 
 
-def test_torchvision_name_comes_first(tmp_path):
-    state = alexnet_state()
-    save_checkpoint(tmp_path / "alexnet-owt-7be5be79.pth", state)
+def test_torchvision_name_comes_first(alexnet_state, tmp_path):
+    save_checkpoint(tmp_path / "alexnet-owt-7be5be79.pth", alexnet_state)
     save_checkpoint(tmp_path / "alexnet-a.pth", {"features.0.weight": torch.zeros(1)})
     LPIPSLoss("alex", tmp_path)
 
@@ -343,9 +346,9 @@ def test_missing_file_is_explained(term, folder, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["other", "shapes", "garbage", "nan", "shallow"])
-def test_wrong_file_is_explained(content, tmp_path):
+def test_wrong_file_is_explained(content, alexnet_state, tmp_path):
     path = tmp_path / "alexnet.pth"
-    state = {name: value for name, value in alexnet_state().items() if name.startswith("features.")}
+    state = {name: value for name, value in alexnet_state.items() if name.startswith("features.")}
     if content == "garbage":
         path.write_bytes(b"<html>404</html>")
     else:
@@ -364,12 +367,12 @@ def test_wrong_file_is_explained(content, tmp_path):
     assert "\n" not in message
 
 
-def test_download_fills_the_cache(tmp_path, monkeypatch, capsys):
+def test_download_fills_the_cache(alexnet_state, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def download(url, path, hash_prefix):
         assert url.endswith("alexnet-owt-7be5be79.pth") and hash_prefix == "7be5be79"
-        torch.save(alexnet_state(), path)
+        torch.save(alexnet_state, path)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     LPIPSLoss()
@@ -408,7 +411,9 @@ def small_run(tmp_path, run):
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The lines of the log that end an epoch."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if "epoch" in line]
 
 
 def test_terms_are_logged_and_segmentation_joins_late(small_run):
@@ -424,15 +429,16 @@ def test_terms_are_logged_and_segmentation_joins_late(small_run):
     assert all(f"train/{name}".encode() in events for name in ("ssim", "contrast", "lpips", "segmentation"))
     for file in ("net_latest.pth", "net_epoch1.pth"):
         assert set(load_checkpoint(folder / file)) == set(SAPNet().state_dict())
-    state = load_checkpoint(folder / train.STATE_FILE)
+    state = load_checkpoint(folder / STATE_FILE)
     assert set(state["net"]) == set(SAPNet().state_dict())
-    assert len(state["optimizer"]["param_groups"][0]["params"]) == len(list(SAPNet().parameters()))
+    assert len(state["optimizers"][0]) == len(list(SAPNet().parameters()))
 
 
+@pytest.mark.slow
 def test_resume_with_all_terms_is_exact(small_run):
     options = "--epochs", 3, "--seg_start_epoch", 1
     _, whole = small_run(*options, name="whole")
-    _, stopped = small_run(*options, "--max_steps", 4, name="parts")
+    _, stopped = small_run(*options, "--stop_after", 4, name="parts")
     result, _ = small_run(*options, "--resume", name="parts")
     assert result.status == 0, result.err
     assert (whole / "net_latest.pth").read_bytes() == (stopped / "net_latest.pth").read_bytes()

@@ -5,12 +5,13 @@ import subprocess
 
 import pytest
 
+import test as test_script
 from conftest import ROOT
 
 
 @pytest.fixture
 def commands(tmp_path):
-    """commands(sets, *arguments) -> the commands that main.sh starts where these test sets are there."""
+    """commands(sets, *arguments) -> the arguments of each test.py that main.sh starts, and what main.sh prints."""
     shutil.copy(ROOT / "main.sh", tmp_path)
     python = tmp_path / "bin/python"
     python.parent.mkdir()
@@ -18,38 +19,52 @@ def commands(tmp_path):
     python.chmod(0o755)
 
     def start(sets, *arguments):
-        for name in sets:
+        for name in (*sets, "RainSample"):
             (tmp_path / "datasets/test" / name).mkdir(parents=True, exist_ok=True)
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", tmp_path / "main.sh", *arguments], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE,
             text=True, check=True,
         )
-        return [line for line in done.stdout.splitlines() if line.startswith("run ")], done.stdout
+        lines = [line.split() for line in done.stdout.splitlines()]
+        started = [line[1:] for line in lines if line[0] == "run"]
+        assert all(script == "test.py" for script, *_ in started)
+        return [test_script.parse_args(words) for _, *words in started], done.stdout
 
     return start
 
 
-def expected(name, model, *arguments):
-    return " ".join((f"run test.py --save_path logs/SAPNet/{model} --test_data_path datasets/test/{name}", *arguments))
+def sets_and_weights(started):
+    return [(args.test_data_path.name, args.save_path and str(args.save_path)) for args in started]
 
 
 def test_each_set_is_tested_with_its_weights(commands):
-    started, _ = commands(["Rain100H", "Rain100L"], "--device", "cpu")
-    assert started == [
-        expected("Rain100H", "Model11", "--device", "cpu"), expected("Rain100L", "Rain100L", "--device", "cpu")
-    ]
-    for line in started:
-        folder = line.split()[3]
-        assert (ROOT / folder / "net_latest.pth").stat().st_size < 10**6
+    started, output = commands(["Rain100H", "Rain100L"], "--device", "cpu")
+    assert sets_and_weights(started) == [("Rain100H", None), ("Rain100L", "weights/light.pth")]
+    assert all(args.device == "cpu" for args in started)
+    assert (ROOT / "weights/light.pth").stat().st_size < 10**6
+    assert "test.py --test_data_path datasets/test/Rain100L --save_path weights/light.pth --device cpu" in output
+
+
+def test_a_run_of_ones_own_is_taken_for_both_sets(commands, tmp_path):
+    run = tmp_path / "logs/SAPNet/Model11"
+    run.mkdir(parents=True)
+    (run / "net_latest.pth").touch()
+    started, _ = commands(["Rain100H", "Rain100L"])
+    assert sets_and_weights(started) == [("Rain100H", None), ("Rain100L", "logs/SAPNet/Model11")]
+
+
+def test_a_checkpoint_given_by_the_user_wins(commands):
+    started, _ = commands(["Rain100H", "Rain100L"], "--save_path", "mine.pth")
+    assert sets_and_weights(started) == [("Rain100H", "mine.pth"), ("Rain100L", "mine.pth")]
 
 
 def test_a_missing_set_is_named_and_the_sample_tested(commands):
     started, output = commands(["Rain100L"])
-    assert started == [expected("Rain100L", "Rain100L"), expected("RainSample", "Model11")]
+    assert sets_and_weights(started) == [("Rain100L", "weights/light.pth"), ("RainSample", None)]
     assert "datasets/test/Rain100H is not there" in output
 
 
 def test_the_sample_is_tested_once(commands):
     started, _ = commands([])
-    assert started == [expected("RainSample", "Model11")]
+    assert sets_and_weights(started) == [("RainSample", None)]

@@ -1,7 +1,8 @@
 """Muon against torch's own optimizers."""
+import pytest
 import torch
 
-from muon import Muon, is_dense_kernel, orthogonalise
+from muon import Muon, build_optimizers, is_dense_kernel, orthogonalise
 from networks import RESIDUAL_CONVS, SAPNet
 
 
@@ -50,20 +51,54 @@ def test_kernels_of_one_shape_do_not_mix():
         torch.testing.assert_close(parameter, alone)
 
 
-def test_all_else_takes_adams_steps():
+def train_on_noise(net, optimizers, steps=3):
+    """Steps through gradients that are the same whatever the optimizers; the weights afterwards, by name."""
+    random = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for parameter in net.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", RESIDUAL_CONVS)
+def test_the_dense_kernels_take_muons_steps_and_all_else_takes_adams(kind):
+    """Adam's are the biases, the last convolution, the bottleneck of CRA, and depthwise kernels."""
+    results = {}
+    for name in ("muon", "adam", "only muon"):
+        torch.manual_seed(0)
+        net = SAPNet(residual_conv=kind)
+        optimizers = build_optimizers(name.split()[-1], net, 0.01)
+        results[name] = train_on_noise(net, optimizers[:1] if name == "only muon" else optimizers)
     torch.manual_seed(0)
-    shapes = (16,), (3, 32, 3, 3), (32, 1, 3, 3), (2, 32, 1, 1)
-    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(5)]
-    results = []
-    for optimizer in (Muon, torch.optim.Adam):
-        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-        take_steps(optimizer(parameters, lr=0.01), parameters, gradients)
-        results.append([parameter.detach() for parameter in parameters])
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+    net = SAPNet(residual_conv=kind)
+    start = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    torch_adam = train_on_noise(net, [torch.optim.Adam(net.parameters(), lr=0.01)])
+    for name in start:
+        of_adam = name.endswith("bias") or name == "conv.0.weight" or "conv_du" in name or "depth_conv" in name
+        assert is_dense_kernel(net.get_parameter(name)) != of_adam, name
+        assert torch.equal(results["adam"][name], torch_adam[name])
+        assert torch.equal(results["muon"][name], torch_adam[name]) == of_adam, name
+        assert torch.equal(results["only muon"][name], start[name]) == of_adam, name
 
 
-def test_the_dense_kernels_are_found_in_each_network():
-    for kind in RESIDUAL_CONVS:
-        for name, parameter in SAPNet(residual_conv=kind).named_parameters():
-            adams = name.endswith("bias") or name == "conv.0.weight" or "conv_du" in name or "depth_conv" in name
-            assert is_dense_kernel(parameter) != adams, name
+def test_a_parameter_without_a_gradient_stays():
+    kernels = [torch.nn.Parameter(torch.ones(8, 4, 3, 3)) for _ in range(2)]
+    optimizer = Muon(kernels, lr=0.01)
+    kernels[0].grad = torch.randn(8, 4, 3, 3)
+    optimizer.step()
+    assert not torch.equal(kernels[0], torch.ones(8, 4, 3, 3)) and torch.equal(kernels[1], torch.ones(8, 4, 3, 3))
+
+
+def test_a_state_that_is_loaded_goes_on_to_the_bit():
+    torch.manual_seed(0)
+    gradients = [[torch.randn(8, 4, 3, 3)] for _ in range(4)]
+    whole, cut = (torch.nn.Parameter(torch.ones(8, 4, 3, 3)) for _ in range(2))
+    take_steps(Muon([whole], lr=0.01), [whole], gradients)
+    first = Muon([cut], lr=0.01)
+    take_steps(first, [cut], gradients[:2])
+    second = Muon([cut], lr=0.01)
+    second.load_state_dict(first.state_dict())
+    take_steps(second, [cut], gradients[2:])
+    assert torch.equal(cut, whole)

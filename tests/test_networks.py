@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoints import load_network
 from networks import SAPNet
-from utils import load_network, load_weights
 
 PUBLISHED = ("sapnet_published_2021-09", "sapnet_published_2021-11", "prenet_rain100h", "prenet_rain100l")
 VARIANTS = {"plain": 180_483, "separable": 101_763, "split": 134_403}
@@ -34,21 +34,6 @@ def test_each_stage_agrees_with_the_published_network(shared, golden):
     last, stages = net(golden["rainy"], return_stages=True)
     torch.testing.assert_close(torch.stack(stages), golden[f"{PUBLISHED[0]}_stages"], atol=1e-5, rtol=0)
     assert torch.equal(last, stages[-1])
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_weights_load_strictly_with_and_without_module_prefix(shared, tmp_path, name):
-    raw = torch.load(weights_path(shared, name), map_location="cpu", weights_only=True)
-    bare = {key.removeprefix("module."): value for key, value in raw.items()}
-    torch.save(bare, tmp_path / "bare.pth")
-    torch.save({f"module.{key}": value for key, value in bare.items()}, tmp_path / "prefixed.pth")
-    is_prenet = name.startswith("prenet")
-    for path in (weights_path(shared, name), tmp_path / "bare.pth", tmp_path / "prefixed.pth"):
-        state = load_weights(path)
-        net = SAPNet(use_dilation=not is_prenet, use_cra=not is_prenet)
-        net.load_state_dict(state, strict=True)
-        assert net.state_dict().keys() == bare.keys()
-        assert all(torch.equal(value, bare[key]) for key, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("residual_conv, count", list(VARIANTS.items()))

@@ -4,11 +4,11 @@ import pytest
 
 import rain_stats
 from conftest import contents, photo, save, with_rain
-from DerainDataset import find_pairs
+from images import read_rgb
+from pairs import find_pairs, read_pair
 from rain import (
     PRESETS, TrainingRain, add_rain, extract_streaks, fit_streaks, follows_model, streak_layer, vary_streaks,
 )
-from utils import read_rgb
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def photographs(tmp_path):
 def test_written_pairs_are_found_and_follow_the_model(run, photographs, tmp_path, layout):
     out = tmp_path / "out"
     assert run("rain", "--clean", photographs, "--out", out, "--layout", layout, "--per_image", 2).status == 0
-    pairs, orphans = find_pairs(out)
-    assert len(pairs) == 6 and orphans == []
+    pairs, alone, unused = find_pairs(out)
+    assert len(pairs) == 6 and not alone and not unused
     layers = []
     for pair, source in zip(pairs, (1, 1, 2, 2, 10, 10)):
-        rainy, clean = (read_rgb(path).astype(int) for path in pair)
+        rainy, clean = (image.astype(int) for image in read_pair(pair))
         assert np.array_equal(clean, read_rgb(photographs / f"{source}.png")), "natural order, nothing lost"
         # Where no channel is full, S is what was added, to all three alike; elsewhere it is at least that.
         added = rainy - clean
@@ -109,8 +109,8 @@ def test_extraction_is_exact_below_saturation():
 
 @pytest.mark.parametrize("data_set", ["RainTrainL", "RainTrainH"])
 def test_real_pairs_are_clean_plus_streaks(shared, data_set):
-    for pair in find_pairs(shared / "data/train" / data_set)[0][::4][:6]:
-        rainy, clean = read_rgb(pair.rainy), read_rgb(pair.clean)
+    for pair in find_pairs(shared / "data/train" / data_set).pairs[::4][:6]:
+        rainy, clean = read_pair(pair)
         assert np.array_equal(add_rain(clean, extract_streaks(rainy, clean)), rainy), pair.rainy
 
 
@@ -142,8 +142,8 @@ def test_streaks_of_pairs_fall_on_other_photographs(run, photographs, tmp_path):
         assert result.status == 0, result
     a, b, c = (contents(tmp_path / name) for name in "abc")
     assert a == b and a != c
-    for pair in find_pairs(tmp_path / "a")[0]:
-        rainy, clean = read_rgb(pair.rainy), read_rgb(pair.clean)
+    for pair in find_pairs(tmp_path / "a").pairs:
+        rainy, clean = read_pair(pair)
         streaks = extract_streaks(rainy, clean)
         assert follows_model(rainy, clean) and 0 < (streaks == 90).mean() < 0.5
         assert set(streaks[rainy.min(2) < 255]) == {0, 90}
@@ -159,6 +159,28 @@ def test_pairs_that_are_not_clean_plus_streaks_are_named(refused, photographs, t
         names=["--streaks", "rain-1.png", "one grey layer"],
     )
     refused("rain", "--clean", photographs, "--out", tmp_path / "out", "--streaks", photographs, names=["--streaks"])
+    refused("rain_stats", "--data_path", tmp_path / "pairs", names=["--data_path", "rain-1.png", "one grey layer"])
+
+
+def test_pairs_of_two_sizes_are_named(refused, photographs, tmp_path):
+    save(tmp_path / "pairs/rain-1.png", photo(1))
+    save(tmp_path / "pairs/norain-1.png", photo(1)[:-2])
+    refused(
+        "rain", "--clean", photographs, "--out", tmp_path / "out", "--streaks", tmp_path / "pairs",
+        names=["rain-1.png", "64x48", "norain-1.png", "64x46"],
+    )
+
+
+def test_images_that_give_no_rain_are_named(run, photographs, pairs_dir, tmp_path):
+    save(pairs_dir / "rain-9.png", photo(9))
+    save(pairs_dir / "holiday.png", photo(8))
+    for script, *options in (
+        ("rain", "--clean", photographs, "--out", tmp_path / "out", "--streaks", pairs_dir),
+        ("rain_stats", "--data_path", pairs_dir, "--output", tmp_path / "stats/rain"),
+    ):
+        result = run(script, *options)
+        assert result.status == 0 and "left out 2" in result.out, result
+        assert "rain-9.png" in result.out and "holiday.png" in result.out
 
 
 # Rain on training patches
@@ -299,7 +321,7 @@ def test_comparison_is_written(run, pairs_dir, tmp_path):
     assert result.status == 0, result
     table = (tmp_path / "out/rain.md").read_text()
     assert [line.split(" | ")[1] for line in table.splitlines()[-3:]] == ["real", *PRESETS]
-    means = [extract_streaks(*map(read_rgb, pair)).mean() for pair in find_pairs(pairs_dir)[0]]
+    means = [extract_streaks(*read_pair(pair)).mean() for pair in find_pairs(pairs_dir).pairs]
     assert f"| pairs | real | 3 | {np.mean(means):.1f} (" in table and f"--output {tmp_path / 'out/rain'}" in table
     assert read_rgb(tmp_path / "out/rain.jpg").shape[1] == rain_stats.WIDTH
 
@@ -307,10 +329,10 @@ def test_comparison_is_written(run, pairs_dir, tmp_path):
 @pytest.mark.parametrize("preset, data_set", [("light", "RainTrainL"), ("heavy", "RainTrainH")])
 def test_presets_look_like_the_real_sets(shared, preset, data_set):
     """Mean and deviation of S, angle, coherence, PSNR and SSIM, of 18 layers on the backgrounds of real pairs."""
-    pairs = find_pairs(shared / "data/train" / data_set)[0]
+    pairs = find_pairs(shared / "data/train" / data_set).pairs
     real, drawn = [], []
     for number, pair in enumerate(pairs[:: len(pairs) // 18][:18]):
-        rainy, clean = read_rgb(pair.rainy)[:240, :240], read_rgb(pair.clean)[:240, :240]
+        rainy, clean = (image[:240, :240] for image in read_pair(pair))
         streaks = streak_layer(240, 240, preset, np.random.default_rng(number))
         real.append(rain_stats.describe(rainy, clean))
         drawn.append(rain_stats.describe(add_rain(clean, streaks), clean))

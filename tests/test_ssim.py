@@ -4,8 +4,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from SSIM import SSIM, ssim
+import SSIM
+from SSIM import ssim
 
 
 def ssim_by_definition(image, reference, size=11, sigma=1.5, data_range=1.0):
@@ -42,7 +44,7 @@ def test_agrees_with_the_definition(shape, options):
     parameters = {"size": options.get("window_size", 11), "sigma": options.get("sigma", 1.5), "data_range": scale}
     expected = ssim_by_definition((scale * x).numpy(), (scale * y).numpy(), **parameters)
     assert ssim(scale * x, scale * y, **options).item() == pytest.approx(expected, abs=1e-10)
-    assert SSIM(**options)(scale * x, scale * y).item() == pytest.approx(expected, abs=1e-10)
+    assert SSIM.SSIM(**options)(scale * x, scale * y).item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_agrees_with_the_published_value(shared):
@@ -86,3 +88,46 @@ def test_climbing_the_gradient_raises_the_score():
 def test_shapes_that_do_not_match_are_refused(first, second):
     with pytest.raises(ValueError, match="one shape"):
         ssim(torch.rand(first), torch.rand(second))
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run while it is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_window_is_built_once_and_stays_on_the_device(monkeypatch):
+    """The second step of a run builds no matrix, converts none and copies none to the images' device."""
+    built, build = [], SSIM.band_matrix
+    monkeypatch.setattr(SSIM, "band_matrix", lambda length, window: built.append(length) or build(length, window))
+    SSIM.blur_matrix.cache_clear()
+    x, y = image_pair((1, 1, 12, 15), dtype=torch.float32)
+    with Operations() as first:
+        value = ssim(x, y)
+    assert built == [12, 15] and {"arange", "_to_copy"} <= first.names
+    with Operations() as second:
+        assert ssim(x, y) == value
+    assert built == [12, 15] and not second.names & {"arange", "_to_copy", "copy_"} and "mul" in second.names
+    # What the matrices depend on is told apart.
+    ssim(x.double(), y.double())
+    ssim(x, y, sigma=1.0)
+    ssim(x, y, window_size=7)
+    assert built == [12, 15] * 4
+    ssim(x.to("meta"), y.to("meta"))
+    assert built == [12, 15] * 5
+
+
+def test_a_first_call_in_inference_mode_leaves_a_window_to_train_with():
+    SSIM.blur_matrix.cache_clear()
+    x, y = image_pair((1, 1, 12, 15))
+    with torch.inference_mode():
+        value = ssim(x, y)
+    z = x.clone().requires_grad_()
+    ssim(z, y).backward()
+    assert ssim(x, y) == value and z.grad.abs().min() > 0

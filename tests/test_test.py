@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 import test as test_script
-import utils
-from conftest import contents, photo, save, with_rain
+from checkpoints import BUNDLED, PUBLISHED_FOLDER, load_network, save_checkpoint
+from conftest import contents, photo, run_subprocess, save, with_rain
+from images import read_image
+from metrics import measure
 from networks import SAPNet
-from utils import load_network, measure, read_image
 
 
 @pytest.fixture
@@ -53,17 +54,59 @@ def restored(net, image):
     return (peak * output.clamp(0, 1).permute(1, 2, 0).numpy()).round()
 
 
-def test_each_set_and_model_has_its_folder(checkpoint, tmp_path, monkeypatch):
+def lines_with_metrics(result):
+    """The console's lines with metrics."""
+    return [line for line in result.out.splitlines() if " dB " in line]
+
+
+# Which checkpoint, and where to
+
+
+def test_each_set_and_model_has_its_folder(run, checkpoint, tmp_path, monkeypatch):
+    """results/SET/MODEL, and the checkpoint is said before the first image."""
     save(tmp_path / "clips/photo.png", photo(1, 12, 12))
     monkeypatch.chdir(tmp_path / "clips")
+    save_checkpoint(checkpoint.parent / "net_best.pth", load_network(checkpoint).state_dict())
+    own = checkpoint.parent
+    general, light = BUNDLED / "general.pth", BUNDLED / "light.pth"
+    for source, model, used, folder in (
+        (".", (own,), checkpoint, f"clips/{own.name}"),
+        ("photo.png", (own,), checkpoint, f"photo/{own.name}"),
+        ("../clips", (own / "net_best.pth",), own / "net_best.pth", f"clips/{own.name}-net_best"),
+        ("../clips", (checkpoint,), checkpoint, f"clips/{own.name}-net_latest"),
+        ("../clips", (light,), light, "clips/light"),
+        ("../clips", (), general, "clips/general"),
+    ):
+        arguments = ("--save_path", *model) if model else ()
+        result = run("test", *arguments, "--test_data_path", source, "--device", "cpu")
+        assert result.status == 0, result
+        assert result.out.splitlines()[0] == f"weights: {used}"
+        assert f"1 images in results/{folder}" in result.out
+        assert (tmp_path / "clips/results" / folder / "photo.png").exists()
 
-    def output(source, model):
-        return str(test_script.parse_args(["--test_data_path", str(source), "--save_path", str(model)]).output_path)
 
-    run_folder = checkpoint.parent
-    assert output(".", run_folder) == f"results/clips/{run_folder.name}"
-    assert output("photo.png", checkpoint) == f"results/photo/{run_folder.name}-{checkpoint.stem}"
-    assert output("../clips", "missing") == "results/clips/missing"
+def test_own_weights_are_taken_once_they_are_there(run, checkpoint, tmp_path, monkeypatch):
+    save(tmp_path / "photo.png", photo(1, 12, 12))
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(PUBLISHED_FOLDER / "net_latest.pth", load_network(checkpoint).state_dict())
+    result = run("test", "--test_data_path", "photo.png", "--device", "cpu")
+    assert result.status == 0, result
+    assert f"weights: {PUBLISHED_FOLDER / 'net_latest.pth'}" in result.out
+    assert f"results/photo/{PUBLISHED_FOLDER.name}" in result.out
+
+
+@pytest.mark.slow
+def test_from_another_directory(shared, tmp_path):
+    """The bundled weights are beside the script, wherever it is started."""
+    save(tmp_path / "ref.png", read_image(shared / "cases/other_cwd/ref.png"))
+    child = run_subprocess("test.py", "--test_data_path", "ref.png", "--device", "cpu", cwd=tmp_path)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0 and err == "", err
+    assert out.startswith(f"weights: {BUNDLED / 'general.pth'}\n")
+    assert (tmp_path / "results/ref/general/ref.png").exists()
+
+
+# Images with and without clean ones
 
 
 @pytest.mark.parametrize("named", [".", "rainy"])
@@ -85,7 +128,7 @@ def test_folder_with_ground_truth(test_run, rain100, checkpoint, named):
         assert float(rows[-1][name]) == pytest.approx(np.mean([float(row[name]) for row in rows[:-1]]), abs=1e-6)
     warm = [float(row["seconds"]) for row in rows[1:-1]]
     assert float(rows[-1]["seconds"]) == pytest.approx(np.mean(warm), abs=1e-6), "without the first image's warm-up"
-    lines = [line for line in result.out.splitlines() if " dB " in line]
+    lines = lines_with_metrics(result)
     assert [line.split()[0] for line in lines] == [*names, "average"]
     assert f"{float(rows[-1]['psnr_y']):.4f} dB" in lines[-1] and f"{float(rows[-1]['ssim_rgb']):.4f}" in lines[-1]
     assert "12 images" in result.out
@@ -194,10 +237,209 @@ def test_two_results_of_one_name_are_refused(refused, checkpoint, tmp_path):
 
 def test_input_without_ground_truth_among_pairs_is_derained_and_named(test_run, rain100):
     (rain100 / "norain-5.png").unlink()
+    save(rain100 / "norain-99.png", photo(99, 12, 12))
+    save(rain100 / "rainy/stray.png", photo(98, 12, 12))
     output, result = test_run(rain100)
     rows = read_csv(output / "metrics.csv")
     assert [row["image"] for row in rows if not row["psnr_y"]] == ["rain-5.png"]
-    assert rows[-1]["image"] == "average of 11" and "without a partner: rain-5.png" in result.out
+    assert [row["image"] for row in rows] == [*(f"rain-{number}.png" for number in range(1, 13)), "average of 11"]
+    lines = result.out.splitlines()
+    assert f"{rain100}: 1 without a clean image, derained but not measured: rain-5.png" in lines
+    assert f"{rain100}: left out 2 (no pair by their names): norain-99.png, rainy/stray.png" in lines
+    assert set(contents(output)) == {*(f"rain-{number}.png" for number in range(1, 13)), "metrics.csv"}
+
+
+CASES = {  # case: (images that are derained, of which these are not measured, images that are left out)
+    "left_out_but_done/Test2800": (
+        ["901_1", "902_1", "903_1", "926_10(1)"], ["926_10(1).jpg"], [],
+    ),
+    "own_photos_layout/own_photos": (
+        ["rain-1"], [], [f"{name}{number}.png" for name in ("beach", "holiday") for number in (1, 2, 3)],
+    ),
+    "own_photos_layout/Rain1400_stray": (["901_1", "902_1", "903_1"], [], ["rainy_image/901_1(1).jpg"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_words_and_deed_agree(shared, test_run, case):
+    """All images are derained or said to be left out, and all that are not measured are said not to be."""
+    folder = shared / "cases" / case
+    derained, not_measured, left_out = CASES[case]
+    output, result = test_run(folder)
+    assert set(contents(output)) == {*(f"{stem}.png" for stem in derained), "metrics.csv"}
+    rows = read_csv(output / "metrics.csv")[:-1]
+    assert [row["image"] for row in rows if not row["psnr_y"]] == not_measured
+    lines = result.out.splitlines()
+    said = [line for line in lines if "left out" in line or "not measured" in line]
+    expected = []
+    if left_out:
+        expected.append(f"{folder}: left out {len(left_out)} (no pair by their names): {', '.join(left_out)}")
+    if not_measured:
+        expected.append(
+            f"{folder}: {len(not_measured)} without a clean image, derained but not measured: {', '.join(not_measured)}"
+        )
+    assert said == expected
+    assert len(lines_with_metrics(result)) == len(derained) - len(not_measured) + 1
+
+
+PUBLIC_SETS = (
+    "AllWeather", "GT_LQ", "InputTargetCaps", "Rain1400_sep", "Rain200L_orig", "Rain800_sep", "SPA_real_test_1000",
+    "test/Rain100H",
+)
+
+
+@pytest.mark.parametrize("name", PUBLIC_SETS)
+def test_public_sets_are_measured(shared, test_run, name):
+    """Each as it is distributed: three small pairs."""
+    output, result = test_run(shared / "cases/layouts" / name)
+    rows = read_csv(output / "metrics.csv")
+    assert rows[-1]["image"] == "average of 3" and len(rows) == 4
+    assert all(float(row["psnr_y"]) > 25 for row in rows), f"other backgrounds give 24 dB or less: {rows}"
+    assert "left out" not in result.out and "not measured" not in result.out
+
+
+def test_a_folder_of_sets_is_told_from_a_set(refused, shared, checkpoint, tmp_path):
+    folder = shared / "cases/layouts"
+    arguments = ("--save_path", checkpoint, "--output_path", tmp_path / "out", "--test_data_path")
+    refused("test", *arguments, folder / "test", names=["--test_data_path", "several data sets", "Rain100H, Rain100L"])
+    refused("test", *arguments, folder, names=[name for name in PUBLIC_SETS if "/" not in name])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "folder, twins", [("twins", ("input/1.jpg", "1.png")), ("rain_twins", ("rain-1.jpg", "rain-1.png"))]
+)
+def test_two_files_of_one_stem_are_named(refused, shared, checkpoint, tmp_path, folder, twins):
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", shared / "cases/twins_one_stem" / folder,
+        "--output_path", tmp_path / "out", names=twins,
+    )
+    assert not (tmp_path / "out").exists()
+
+
+# --clean_path and --side_by_side
+
+
+@pytest.fixture
+def odd_folders(tmp_path):
+    """The pairs of a data set in two folders whose names say nothing."""
+    for number in (1, 2, 3):
+        clean = photo(number, 16 + number, 20)
+        save(tmp_path / f"scenes/wet/{number}.png", with_rain(clean, number))
+        save(tmp_path / f"scenes/dry/{number}.png", clean)
+    return tmp_path / "scenes"
+
+
+def metrics_of(output):
+    """{image's stem: metrics} of a report."""
+    rows = read_csv(output / "metrics.csv")
+    return {row["image"].split(".")[0]: [row[name] for name in test_script.METRICS] for row in rows}
+
+
+def test_clean_path_names_the_clean_images(test_run, odd_folders, pairs_dir):
+    output, result = test_run(odd_folders / "wet")
+    assert "no clean images, so all 3 are derained but not measured" in result.out and not lines_with_metrics(result)
+    save(odd_folders / "wet/4.png", photo(4, 12, 12))
+    save(odd_folders / "dry/5.png", photo(5, 12, 12))
+    output, result = test_run(odd_folders / "wet", "--clean_path", odd_folders / "dry")
+    rows = read_csv(output / "metrics.csv")
+    for number, row in enumerate(rows[:3], 1):
+        scores = measure(read_image(output / f"{number}.png"), photo(number, 16 + number, 20))
+        assert float(row["psnr_y"]) == pytest.approx(scores["psnr_y"], abs=1e-6)
+    assert [row["image"] for row in rows if not row["psnr_y"]] == ["4.png"]
+    assert "not measured: 4.png" in result.out and "left out 1 (no pair by their names): ../dry/5.png" in result.out
+    assert not (output / "5.png").exists()
+
+
+@pytest.mark.parametrize("clean", ["missing", "other"])
+def test_clean_path_without_the_clean_images_is_refused(refused, odd_folders, checkpoint, tmp_path, clean):
+    save(odd_folders / "other/a.png", photo(1, 12, 12))
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", odd_folders / "wet", "--output_path", tmp_path / "out",
+        "--clean_path", odd_folders / clean, names=[f"--clean_path {odd_folders / clean}"],
+    )
+
+
+def side_by_side(pairs_dir, folder, rainy_half):
+    """The pairs of a folder as pictures that hold both."""
+    for path in sorted(pairs_dir.glob("rain-*.png")):
+        halves = [read_image(path), read_image(path.with_name(f"no{path.name}"))]
+        save(folder / path.name.removeprefix("rain-"), np.hstack(halves if rainy_half == "left" else halves[::-1]))
+    return folder
+
+
+@pytest.mark.parametrize("half", ["left", "right"])
+def test_halves_of_a_picture_are_a_pair(test_run, pairs_dir, tmp_path, half):
+    """The result is what the split files give, with the panels too."""
+    output, _ = test_run(pairs_dir, "--comparison")
+    derained = {name.removeprefix("rain-"): data for name, data in contents(output).items() if name.startswith("rain-")}
+    expected = {stem.removeprefix("rain-"): values for stem, values in metrics_of(output).items()}
+    folder = side_by_side(pairs_dir, tmp_path / "wide", half)
+    output, result = test_run(folder, "--side_by_side", half, "--comparison", "--output_path", tmp_path / "halves")
+    written = contents(tmp_path / "halves")
+    assert metrics_of(tmp_path / "halves") == expected
+    assert {name: data for name, data in written.items() if name in derained} == derained
+    assert {name for name in written if "/" in name} == {f"comparison/{number}.jpg" for number in (1, 2, 3)}
+    assert "left out" not in result.out and "not measured" not in result.out
+    # One such picture alone
+    output, _ = test_run(folder / "2.png", "--side_by_side", half, "--output_path", tmp_path / "one")
+    assert set(contents(tmp_path / "one")) == {"2.png", "metrics.csv"}
+    assert metrics_of(tmp_path / "one")["2"] == expected["2"]
+    # The other half is not the rainy one
+    test_run(folder, "--side_by_side", {"left": "right", "right": "left"}[half], "--output_path", tmp_path / "other")
+    assert contents(tmp_path / "other")["1.png"] != derained["1.png"]
+
+
+def test_halves_keep_depth_and_alpha(test_run, tmp_path):
+    clean, rainy = (np.dstack((deep(photo(seed, 20, 24)), np.full((20, 24), 9000, np.uint16))) for seed in (1, 2))
+    save(tmp_path / "wide/a.png", np.hstack((clean, rainy)))
+    output, _ = test_run(tmp_path / "wide", "--side_by_side", "right")
+    image = read_image(output / "a.png").astype(int)
+    assert image.shape == (20, 24, 4) and (image[..., 3] == 9000).all()
+    assert np.abs(image - rainy).mean() < np.abs(image - clean).mean()
+
+
+def test_pictures_of_rain800_as_distributed(shared, test_run):
+    folder = shared / "cases/side_by_side/Rain800_side_by_side"
+    output, _ = test_run(folder, "--side_by_side", "left")
+    rows = read_csv(output / "metrics.csv")
+    assert rows[-1]["image"] == "average of 3" and all(float(row["psnr_y"]) > 25 for row in rows)
+    for row in rows[:-1]:
+        height, width = read_image(folder / row["image"]).shape[:2]
+        assert read_image(output / f"{row['image'].split('.')[0]}.png").shape == (height, width // 2, 3)
+
+
+def test_an_odd_width_does_not_cost_the_others(test_run, pairs_dir, tmp_path):
+    folder = side_by_side(pairs_dir, tmp_path / "wide", "left")
+    save(folder / "2.png", photo(1, 20, 31))
+    output, result = test_run(folder, "--side_by_side", "left", status=1)
+    assert set(contents(output)) == {"1.png", "3.png", "metrics.csv"}
+    assert f"error: {folder / '2.png'} is 31 px wide; expected an even width" in result.out
+    assert result.err.strip() == "test.py: error: 1 of 3 images failed: 2.png"
+
+
+def test_options_that_do_not_go_together_are_refused(refused, checkpoint, pairs_dir, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"any")
+    image = pairs_dir / "rain-1.png"
+    clean, half = ("--clean_path", pairs_dir), ("--side_by_side", "left")
+    for source, options, names in (
+        (pairs_dir, (*clean, *half), ["--clean_path and --side_by_side"]),
+        (pairs_dir, (*clean, "--recursive"), ["--clean_path", "--recursive"]),
+        (pairs_dir, (*half, "--recursive"), ["--side_by_side", "--recursive"]),
+        (clip, clean, ["--clean_path", clip]),
+        (clip, half, ["--side_by_side", clip]),
+        (image, clean, ["--clean_path", image]),
+        (pairs_dir, half, ["--side_by_side", "rain-1.png", "norain-1.png"]),
+    ):
+        refused(
+            "test", "--save_path", checkpoint, "--test_data_path", source, "--output_path", tmp_path / "out", *options,
+            names=names,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+# All kinds of images
 
 
 def test_a_bad_file_does_not_cost_the_others(test_run, rain100):
@@ -351,7 +593,7 @@ def test_network_is_that_of_the_runs_arguments(test_run, one_image, tmp_path, re
     net = SAPNet(recurrent_iter, use_dilation).eval()
     for parameter in net.parameters():
         parameter.data *= 2  # random weights are timid; make stages and dilation show
-    utils.save_checkpoint(tmp_path / "m/net_latest.pth", net.state_dict())
+    save_checkpoint(tmp_path / "m/net_latest.pth", net.state_dict())
     (tmp_path / "m/args.json").write_text(json.dumps({"recurrent_iter": recurrent_iter, "use_dilation": use_dilation}))
     image = read_image(one_image / "a.png")
     expected = restored(net, image)

@@ -1,23 +1,32 @@
-"""Training runs, tiny but whole: what they write, and that stopping one changes nothing."""
-import copy
+"""Training runs, tiny but whole: what they write, that stopping one changes nothing, and how they fail."""
 import json
 import os
+import shutil
 import signal
 import time
+from contextlib import contextmanager
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 import train
-from conftest import contents, make_pairs, photo, run_subprocess, save
-from DerainDataset import find_pairs
+from checkpoints import load_network, load_weights, save_checkpoint
+from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
+from DerainDataset import PackedPatches, ShuffledBatches, TrainingPatches
+from devices import choose_speed, fast_bfloat16
+from images import read_rgb
+from inference import to_image, to_tensor
+from metrics import measure
 from networks import SAPNet
+from pairs import find_pairs
 from SSIM import ssim
-from utils import load_network, load_weights, measure, read_rgb, to_image, to_tensor
 
-STEPS_AN_EPOCH = 4  # 18 patches of 32x32 from three images of 64x48, four a batch
+STEPS_AN_EPOCH = 4  # 18 patches from three images of 64x48, four a batch
+TIMES = ("seconds", "patches_per_second", "waiting")  # what differs between two runs of the same command
 
 
 def options(folder, save_path, *extra, **changes):
@@ -31,25 +40,75 @@ def options(folder, save_path, *extra, **changes):
     return [part for name, value in chosen.items() for part in (f"--{name}", str(value))] + [*map(str, extra)]
 
 
+def tiny(folder, save_path, *extra, **changes):
+    """``options`` of two epochs on 18 patches of 11x11, for tests that look at the run and not at the network."""
+    chosen = {"recurrent_iter": 1, "patch_size": 11, "stride": 37, "epochs": 2, "milestone": 1, **changes}
+    return options(folder, save_path, *extra, **chosen)
+
+
 @pytest.fixture
 def train_run(run, pairs_dir, tmp_path):
     """train_run("name", *flags, status=0, **options) -> (folder of the run, result)."""
 
     def start(name="run", *extra, status=0, **changes):
-        result = run("train", *options(pairs_dir, tmp_path / name, *extra, **changes))
+        result = run("train", *tiny(pairs_dir, tmp_path / name, *extra, **changes))
         assert result.status == status, result
         return tmp_path / name, result
 
     return start
 
 
-def records(folder):
+@pytest.fixture(scope="module")
+def module_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture
+def whole_run(run, module_dir):
+    """whole_run(**options) -> the folder of a run that never stopped, made once for all tests: only read it."""
+
+    def start(**changes):
+        folder = module_dir / "-".join(["run", *(f"{name}={value}" for name, value in sorted(changes.items()))])
+        if not folder.exists():
+            pairs = make_pairs(module_dir / "pairs")
+            val = make_pairs(module_dir / "val", (4,))
+            assert run("train", *tiny(pairs, folder, **{"val_path": val, **changes})).status == 0
+        return folder
+
+    return start
+
+
+@pytest.fixture
+def val_dir(tmp_path):
+    """A pair to validate on, whose background is not in ``pairs_dir``."""
+    return make_pairs(tmp_path / "val", (4,))
+
+
+def read_lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def records(folder):
+    """The lines of log.jsonl that end an epoch."""
+    return [line for line in read_lines(folder) if "epoch" in line]
+
+
+def steps(folder):
+    """The lines of log.jsonl that are of a step."""
+    return [line for line in read_lines(folder) if "epoch" not in line]
+
+
+def read_state(folder):
+    return torch.load(folder / "train_state.pth", weights_only=True)
 
 
 def assert_same_weights(first, second):
     a, b = load_weights(first), load_weights(second)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without(record, names):
+    return {name: value for name, value in record.items() if name not in names}
 
 
 def assert_same_run(folder, whole):
@@ -58,17 +117,51 @@ def assert_same_run(folder, whole):
     assert {path.name for path in folder.glob("*.pth")} == names
     for name in names - {"train_state.pth"}:
         assert_same_weights(folder / name, whole / name)
-    states = [torch.load(path / "train_state.pth", weights_only=True) for path in (folder, whole)]
+    states = [read_state(path) for path in (folder, whole)]
+    data = [state.pop("data") for state in states]
+    for k in (0, 1):
+        data[k]["sources"] = [without(source, ["folder"]) for source in data[k]["sources"]]
+    assert data[0] == data[1] and states[0].pop("horizon") == states[1].pop("horizon")
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    lines = [[{**record, "seconds": None} for record in records(path)] for path in (folder, whole)]
+    lines = [[without(line, TIMES) for line in read_lines(path)] for path in (folder, whole)]
     assert lines[0] == lines[1]
+
+
+@contextmanager
+def watch(look, kind=SAPNet):
+    """Call ``look(input, output)`` at each forward pass of a ``kind`` of module."""
+
+    def hook(module, inputs, output):
+        if isinstance(module, kind):
+            look(inputs[0].detach().clone(), output)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def struck(number, step=None):
+    """Send a signal to this process in a step of the training, counted from 1, or in the first validation."""
+    passes = []
+
+    def look(*_):
+        if torch.is_inference_mode_enabled() == (step is None):
+            passes.append(1)
+            if len(passes) == (step or 1):
+                os.kill(os.getpid(), number)
+
+    with watch(look, SAPNet if step else torch.nn.Conv2d):
+        yield
 
 
 # What a run writes
 
 
-def test_a_run_writes_its_files(train_run, pairs_dir):
-    folder, result = train_run(save_freq=2, val_path=pairs_dir)
+def test_a_run_writes_its_files(train_run, val_dir):
+    folder, _ = train_run(save_freq=2, val_path=val_dir)
     written = set(contents(folder))
     events = {name for name in written if name.startswith("events.out.tfevents")}
     assert written - events == {
@@ -77,131 +170,144 @@ def test_a_run_writes_its_files(train_run, pairs_dir):
     assert len(events) == 1
     arguments = json.loads((folder / "args.json").read_text())
     assert arguments.keys() == vars(train.parse_args([])).keys()
-    assert arguments["recurrent_iter"] == 2 and arguments["milestone"] == [2] and arguments["seed"] == 0
+    assert arguments["recurrent_iter"] == 1 and arguments["milestone"] == [1] and arguments["seed"] == 0
     for name in ("net_latest.pth", "net_epoch2.pth", "net_best.pth"):
         state = torch.load(folder / name, weights_only=True)
         assert state.keys() == SAPNet().state_dict().keys()
         assert all(type(value) is torch.Tensor for value in state.values())
-    assert "net_epoch1.pth" not in result.out
 
 
-def test_log_has_a_line_an_epoch(train_run, pairs_dir):
-    folder, _ = train_run(val_path=pairs_dir, lr=0.01)
-    lines = records(folder)
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
-    assert [line["step"] for line in lines] == [4, 8, 12]
-    assert [line["learning_rate"] for line in lines] == pytest.approx([0.01, 0.01, 0.002])
-    for line in lines:
-        assert line["loss"] == pytest.approx(line["ssim"]), "the pixel loss is the only term here"
+def test_log_has_a_line_a_step_and_a_line_an_epoch(whole_run):
+    folder = whole_run()
+    lines = read_lines(folder)
+    assert [(line.get("epoch"), line["step"]) for line in lines] == [
+        (None, 1), (None, 2), (None, 3), (None, 4), (1, 4), (None, 5), (None, 6), (None, 7), (None, 8), (2, 8),
+    ]
+    for line in records(folder):
         figures = ("psnr", "val_psnr_y", "val_ssim_y", "val_psnr_rgb", "val_ssim_rgb", "seconds")
         assert all(np.isfinite(line[name]) for name in figures)
+        epoch = [step for step in steps(folder) if line["step"] - STEPS_AN_EPOCH < step["step"] <= line["step"]]
+        for name in ("loss", "ssim", "psnr"):
+            assert line[name] == pytest.approx(np.mean([step[name] for step in epoch]), rel=1e-5)
+        assert line["loss"] == pytest.approx(line["ssim"]), "the pixel loss is the only term here"
 
 
-def test_cosine_lowers_the_rate_at_each_step(train_run, monkeypatch):
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam, "step",
-        lambda self, *args, **named: rates.append(self.param_groups[0]["lr"]) or step(self, *args, **named),
-    )
-    train_run(lr=0.01, schedule="cosine", max_steps=8)
-    assert rates == pytest.approx([0.005 * (1 + np.cos(np.pi * k / 8)) for k in range(8)])
+def test_speed_and_waiting_are_logged(train_run):
+    began = time.monotonic()
+    folder, _ = train_run(log_interval=2, epochs=1)
+    took = time.monotonic() - began
+    lines = steps(folder)
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    assert all(0 <= line["waiting"] <= 1 for line in lines)
+    seconds = sum(patches / line["patches_per_second"] for patches, line in zip((4, 4, 8), lines))
+    assert 0.05 * took < seconds < took, "the intervals make up the run"
 
 
-def test_ema_saves_the_average_of_the_weights(train_run, monkeypatch, pairs_dir):
-    """Against the average taken by hand of the weights after each step; validation sees it too."""
-    history, initial, build, update = [], [], train.build_network, train.update_average
-
-    def look(averaged, net, *args):
-        history.append([weight.detach().clone() for weight in net.parameters()])
-        update(averaged, net, *args)
-
-    monkeypatch.setattr(train, "update_average", look)
-    monkeypatch.setattr(
-        train, "build_network", lambda *args: initial.append(copy.deepcopy(net := build(*args))) or net
-    )
-    folder, _ = train_run(ema=0.5, max_steps=6, val_path=pairs_dir)
-    expected = [weight.detach() for weight in initial[0].parameters()]
-    for k, weights in enumerate(history):
-        decay = min(0.5, (1 + k) / (10 + k))
-        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights)]
-    saved = [*load_weights(folder / "net_latest.pth").values()]
-    assert len(history) == 6 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(saved, expected, strict=True))
-    assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(saved, history[-1]))
-    assert_same_weights(folder / "net_latest.pth", folder / "net_best.pth")
+def test_a_run_shorter_than_the_log_interval_is_logged(train_run):
+    folder, _ = train_run(max_steps=3, log_interval=50)
+    assert [line["step"] for line in steps(folder)] == [1, 3]
+    scalars, _ = read_events(folder)
+    assert [step for step, _ in scalars["train/loss"]] == [1, 3]
 
 
-@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
-def test_cosine_and_ema_resume_exactly(train_run, optimizer):
-    flags = {"ema": 0.9, "schedule": "cosine", "optimizer": optimizer}
-    whole, _ = train_run("whole", **flags)
-    for cut in (1, STEPS_AN_EPOCH + 2):
-        calls = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.StopSignal, "agree", lambda *args: calls.append(0) or len(calls) >= cut)
-            train_run(f"cut{cut}", status=130, **flags)
-        folder, _ = train_run(f"cut{cut}", "--resume", **flags)
-        assert_same_run(folder, whole)
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_logged_rate_is_the_schedules(train_run, schedule):
+    """In the line of a step and in that of the epoch, which has its last step's."""
+    folder, _ = train_run(lr=0.01, milestone=1, schedule=schedule)
+    if schedule == "step":
+        expected = [0.01] * 4 + [0.002] * 4
+    else:
+        expected = [0.005 * (1 + np.cos(np.pi * k / 8)) for k in range(8)]
+    assert [line["learning_rate"] for line in steps(folder)] == pytest.approx(expected)
+    assert [line["learning_rate"] for line in records(folder)] == pytest.approx(expected[3::4])
 
 
-def test_optimizer_steps_at_the_schedules_rate(train_run, monkeypatch):
-    rates = []
-    step = torch.optim.Adam.step
+def used_rate(state, before):
+    """The learning rate of the last step, from how far Adam's averages say it moved the weights."""
+    moved, unit = [], []
+    assert len(state["optimizers"][0]) == len(state["net"])
+    for k, (name, weights) in enumerate(state["net"].items()):
+        values = state["optimizers"][0][k]
+        mean = values["exp_avg"] / (1 - 0.9 ** values["step"])
+        square = values["exp_avg_sq"] / (1 - 0.999 ** values["step"])
+        unit.append((mean / (square.sqrt() + 1e-8)).flatten())
+        moved.append((before["net"][name] - weights).flatten())
+    moved, unit = torch.cat(moved), torch.cat(unit)
+    return float(moved @ unit / (unit @ unit))
 
-    def look(self, *args, **named):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *args, **named)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", look)
-    train_run(lr=0.01, milestone=1, max_steps=6)
-    train_run("run", "--resume", lr=0.01, milestone=1)
-    assert rates == pytest.approx([0.01] * 4 + [0.002] * 8)
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_logged_rate_is_the_one_used(train_run, schedule):
+    flags = {"lr": 0.01, "milestone": 1, "schedule": schedule, "max_steps": 7}
+    folder, _ = train_run(stop_after=5, **flags)
+    before = read_state(folder)
+    train_run("run", "--resume", stop_after=6, **flags)
+    assert steps(folder)[-1]["step"] == 6
+    assert steps(folder)[-1]["learning_rate"] == pytest.approx(used_rate(read_state(folder), before), rel=1e-3)
 
 
-def test_logged_validation_is_that_of_the_saved_weights(train_run, pairs_dir):
-    folder, _ = train_run(val_path=pairs_dir, epochs=1)
+def test_first_logged_loss_and_psnr_are_those_of_the_first_batch(train_run, tmp_path):
+    """One step: the record must hold what its batch gives, by the definitions."""
+    folder, _ = train_run(max_steps=1, pixel_loss="mse+ssim")
+    initial, _ = train_run("initial", use_stage1=False)
+    (packed,) = tmp_path.glob("packed/*.h5")
+    dataset = TrainingPatches([PackedPatches(packed)])
+    batch = [dataset[key] for key in next(iter(ShuffledBatches(len(dataset), 4)))]
+    rainy, clean = (torch.stack([item[k] for item in batch]) for k in (0, 1))
+    with torch.inference_mode():
+        derained = load_network(initial)(rainy)
+    (line,) = records(folder)
+    mse = ((derained - clean) ** 2).mean()
+    assert line["mse"] == pytest.approx(mse.item(), rel=1e-4)
+    assert line["ssim"] == pytest.approx(-ssim(derained, clean).item(), rel=1e-4)
+    assert line["loss"] == pytest.approx(line["mse"] + line["ssim"], rel=1e-5)
+    each = -10 * ((derained.clamp(0, 1) - clean) ** 2).flatten(1).mean(1).log10()
+    assert line["psnr"] == pytest.approx(each.mean().item(), rel=1e-4)
+
+
+def test_ema_saves_the_average_of_the_weights(train_run):
+    """Against the average taken by hand of the weights after each step, which a run that stops at each one keeps."""
+    initial, _ = train_run("initial", use_stage1=False)
+    expected, decay = load_weights(initial / "net_latest.pth"), 0.5
+    for k in range(4):
+        folder, _ = train_run("run", *["--resume"][: k], ema=decay, stop_after=k + 1)
+        weights, share = read_state(folder)["net"], min(decay, (1 + k) / (10 + k))
+        expected = {name: share * old + (1 - share) * weights[name] for name, old in expected.items()}
+    saved = load_weights(folder / "net_latest.pth")
+    assert saved.keys() == expected.keys()
+    assert all(torch.allclose(saved[name], expected[name], atol=1e-6) for name in saved)
+    assert any(not torch.allclose(saved[name], weights[name], atol=1e-4) for name in saved)
+
+
+def test_logged_validation_is_that_of_the_saved_weights(train_run, tmp_path):
+    val = make_pairs(tmp_path / "val", (4, 5))
+    folder, _ = train_run(val_path=val, epochs=1, ema=0.9, recurrent_iter=2)
     net = load_network(folder)
     assert net.recurrent_iter == 2
     with torch.inference_mode():
         scores = [
             measure(to_image(net(to_tensor(read_rgb(pair.rainy)))), read_rgb(pair.clean))
-            for pair in find_pairs(pairs_dir)[0]
+            for pair in find_pairs(val).pairs
         ]
     (line,) = records(folder)
     # A pixel that rounds the other way moves 9,216 values' PSNR a little.
     assert line["val_psnr_y"] == pytest.approx(np.mean([score["psnr_y"] for score in scores]), abs=0.01)
     assert line["val_ssim_rgb"] == pytest.approx(np.mean([score["ssim_rgb"] for score in scores]), abs=1e-3)
-
-
-def test_first_logged_loss_and_psnr_are_those_of_the_first_batch(train_run, monkeypatch):
-    """One step: the record must hold what its batch gives, by the definitions."""
-    seen = []
-    criterion = train.DerainLoss.forward
-
-    def look(self, derained, clean, rainy, *rest, **named):
-        seen.append((derained.detach().clone(), clean.clone()))
-        return criterion(self, derained, clean, rainy, *rest, **named)
-
-    monkeypatch.setattr(train.DerainLoss, "forward", look)
-    folder, _ = train_run(max_steps=1, pixel_loss="mse+ssim")
-    ((derained, clean),) = seen
-    (line,) = records(folder)
-    mse = ((derained - clean) ** 2).mean()
-    assert line["mse"] == pytest.approx(mse.item(), rel=1e-5)
-    assert line["ssim"] == pytest.approx(-ssim(derained, clean).item(), rel=1e-5)
-    assert line["loss"] == pytest.approx(line["mse"] + line["ssim"], rel=1e-5)
-    each = -10 * ((derained.clamp(0, 1) - clean) ** 2).flatten(1).mean(1).log10()
-    assert line["psnr"] == pytest.approx(each.mean().item(), rel=1e-5)
+    assert_same_weights(folder / "net_best.pth", folder / "net_latest.pth")
 
 
 def read_events(folder):
-    """(scalars {tag: [(step, value)]}, {tags of images}) of TensorBoard's record files."""
+    """(scalars {tag: [(step, value)]}, {tags of images}) of TensorBoard's record files, whose checksums must hold."""
     scalars, images = {}, set()
     for path in sorted(folder.glob("events.out.tfevents*")):
         data, start = path.read_bytes(), 0
         while start < len(data):
             length = int.from_bytes(data[start : start + 8], "little")
-            event = Event.FromString(data[start + 12 : start + 12 + length])
-            start += 16 + length  # length, its checksum, the event, its checksum
+            event = data[start + 12 : start + 12 + length]
+            for part, at in ((data[start : start + 8], start + 8), (event, start + 12 + length)):
+                assert int.from_bytes(data[at : at + 4], "little") == masked_crc32c(part)
+            start += 16 + length
+            event = Event.FromString(event)
             for value in event.summary.value:
                 if value.HasField("image"):
                     images.add(value.tag)
@@ -210,56 +316,56 @@ def read_events(folder):
     return scalars, images
 
 
-def test_tensorboard_has_each_term_rate_psnr_and_pictures(train_run, pairs_dir):
-    folder, _ = train_run(val_path=pairs_dir, pixel_loss="mse+ssim", epochs=2, log_interval=2)
+def test_tensorboard_has_each_term_rate_psnr_and_pictures(train_run, val_dir):
+    folder, _ = train_run(val_path=val_dir, pixel_loss="mse+ssim", log_interval=2)
     scalars, images = read_events(folder)
     assert images == {"rainy", "derained", "clean"}
-    for tag in ("train/ssim", "train/mse", "train/loss", "train/psnr", "train/learning_rate"):
-        assert [step for step, _ in scalars[tag]] == [2, 4, 6, 8], tag
-    assert [step for step, _ in scalars["val/psnr_y"]] == [4, 8]
-    assert scalars["val/psnr_y"][-1][1] == pytest.approx(records(folder)[-1]["val_psnr_y"], rel=1e-6)
-    for (_, loss), (_, mse), (_, score) in zip(scalars["train/loss"], scalars["train/mse"], scalars["train/ssim"]):
-        assert loss == pytest.approx(mse + score, rel=1e-5)
+    for name in ("ssim", "mse", "loss", "psnr", "learning_rate"):
+        logged = [(line["step"], line[name]) for line in steps(folder)]
+        assert [step for step, _ in logged] == [1, 2, 4, 6, 8]
+        assert np.allclose(scalars[f"train/{name}"], logged, rtol=1e-6)
+    for name in ("val_psnr_y", "val_ssim_rgb"):
+        assert np.allclose(scalars[f"val/{name}"], [(line["step"], line[name]) for line in records(folder)])
+    for line in steps(folder):
+        assert line["loss"] == pytest.approx(line["mse"] + line["ssim"], rel=1e-5)
 
 
-def test_network_runs_once_a_step(train_run, monkeypatch):
+def test_network_runs_once_a_step(train_run):
     calls = []
-    forward = SAPNet.forward
-    monkeypatch.setattr(SAPNet, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
-    train_run(epochs=2)
+    with watch(lambda *_: calls.append(1)):
+        train_run()
     assert len(calls) == 2 * STEPS_AN_EPOCH
 
 
-def test_net_best_is_that_of_the_best_validation(train_run, monkeypatch, pairs_dir):
-    scores = iter([20.0, 22.0, 21.0])
-    monkeypatch.setattr(train, "validate", lambda *args: {"psnr_y": next(scores)})
-    folder, _ = train_run(val_path=pairs_dir)
-    assert_same_weights(folder / "net_best.pth", folder / "net_epoch2.pth")
-    assert_same_weights(folder / "net_latest.pth", folder / "net_epoch3.pth")
-    state = load_weights(folder / "net_epoch2.pth"), load_weights(folder / "net_epoch3.pth")
-    assert any(not torch.equal(state[0][name], state[1][name]) for name in state[0])
+def test_net_best_is_that_of_the_best_validation(train_run, val_dir):
+    """The second epoch's learning rate spoils the weights; the resumed run knows of the first epoch's."""
+    train_run(stop_after=STEPS_AN_EPOCH, val_path=val_dir)
+    folder, _ = train_run("run", "--resume", val_path=val_dir, lr=1)
+    first, second = (line["val_psnr_y"] for line in records(folder))
+    assert first > second
+    assert_same_weights(folder / "net_best.pth", folder / "net_epoch1.pth")
+    assert_same_weights(folder / "net_latest.pth", folder / "net_epoch2.pth")
+    assert read_state(folder)["position"]["best_psnr_y"] == first
 
 
 @pytest.mark.parametrize("pixel_loss, w_psnr", [("ssim", 0), ("mse", 0), ("mse+ssim", 0), ("ssim", 0.02)])
-def test_loss_falls_on_one_batch(run, tmp_path, pixel_loss, w_psnr):
-    folder = make_pairs(tmp_path / "pairs", (1,), 32, 64)
-    save_path = tmp_path / "run"
-    changes = {"epochs": 25, "milestone": 100, "lr": 5e-3, "augment": False, "save_freq": 100}
-    changes |= {"pixel_loss": pixel_loss, "w_psnr": w_psnr}
-    assert run("train", *options(folder, save_path, **changes)).status == 0
-    losses = [line["loss"] for line in records(save_path)]
-    # Negative SSIM can fall to -1, MSE to 0, the negative PSNR to -50 dB.
-    floor = {"ssim": -1, "mse": 0, "mse+ssim": -1}[pixel_loss] - 50 * w_psnr
-    assert losses[-1] - floor < 0.5 * (losses[0] - floor), losses
-    assert records(save_path)[-1]["psnr"] > records(save_path)[0]["psnr"] + 3
+def test_loss_falls_on_one_patch(run, tmp_path, pixel_loss, w_psnr):
+    folder = make_pairs(tmp_path / "pairs", (1,), 11, 11)
+    changes = {"epochs": 1, "lr": 1e-2, "augment": False, "pixel_loss": pixel_loss, "w_psnr": w_psnr}
+    assert run("train", *tiny(f"{folder}:80", tmp_path / "run", **changes)).status == 0
+    first, *_, last = steps(tmp_path / "run")
+    # Negative SSIM can fall to -1, MSE to 0, and in so few steps the negative PSNR to -40 dB.
+    floor = {"ssim": -1, "mse": 0, "mse+ssim": -1}[pixel_loss] - 40 * w_psnr
+    assert last["loss"] - floor < 0.5 * (first["loss"] - floor)
+    assert last["psnr"] > first["psnr"] + 3
 
 
-def test_use_stage1_false_validates_and_saves_without_training(train_run, tmp_path, checkpoint, pairs_dir):
-    folder, _ = train_run(use_stage1=False, init_weights=checkpoint, val_path=pairs_dir)
+def test_use_stage1_false_validates_and_saves_without_training(train_run, checkpoint, val_dir):
+    folder, _ = train_run(use_stage1=False, init_weights=checkpoint, val_path=val_dir)
     assert_same_weights(folder / "net_latest.pth", checkpoint)
     assert_same_weights(folder / "net_best.pth", checkpoint)
-    (line,) = records(folder)
-    assert line["step"] == 0 and "val_psnr_y" in line and "loss" not in line
+    (line,) = read_lines(folder)
+    assert line["epoch"] == 1 and line["step"] == 0 and "val_psnr_y" in line and "loss" not in line
 
 
 def test_max_steps_ends_the_run_where_it_says(train_run):
@@ -275,273 +381,515 @@ def test_same_seed_same_weights_other_seed_others(train_run):
         assert_same_weights(first / "net_latest.pth", other / "net_latest.pth")
 
 
-def test_clip_grad_bounds_the_step(train_run, monkeypatch):
-    norms = []
-    step = torch.optim.Adam.step
+def test_clip_grad_bounds_the_step(train_run):
+    """Adam's average of the gradients after one step is a tenth of the first."""
 
-    def look(self, *args, **named):
-        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
-        return step(self, *args, **named)
+    def gradient(folder):
+        averages = [values["exp_avg"].flatten() for values in read_state(folder)["optimizers"][0].values()]
+        return 10 * torch.cat(averages)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", look)
-    train_run("free", max_steps=2)
-    assert min(norms) > 0.01
-    norms.clear()
-    train_run("clipped", max_steps=2, clip_grad=0.01)
-    assert max(norms) <= 0.01 * (1 + 1e-4)
+    free, clipped = (gradient(train_run(f"clip {norm}", max_steps=1, clip_grad=norm)[0]) for norm in (0, 0.01))
+    assert free.norm() > 0.02
+    assert clipped.norm() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(clipped / clipped.norm(), free / free.norm(), rtol=1e-3, atol=1e-6)
 
 
-def test_held_out_pairs_are_validated_on(train_run):
-    _, result = train_run(val_pairs=1, epochs=1)
-    assert "12 patches" in result.out and "1 validation pairs" in result.out
+# The speed options
+
+
+def test_amp_computes_the_network_in_bfloat16_and_the_loss_in_float32(train_run):
+    types, losses = {}, {}
+    for amp in (False, True):
+        found = types[amp] = set()
+        with watch(lambda _, output: found.add(output.dtype), torch.nn.Conv2d):
+            folder, _ = train_run(f"amp {amp}", max_steps=2, amp=amp)
+        losses[amp] = [line["loss"] for line in steps(folder)]
+        assert all(weight.dtype == torch.float32 for weight in load_weights(folder / "net_latest.pth").values())
+    assert types == {False: {torch.float32}, True: {torch.bfloat16}}
+    # Equal but for bfloat16's three digits, of which the mean over the patches keeps more.
+    assert losses[True][0] != losses[False][0] and losses[True] == pytest.approx(losses[False], abs=0.02)
+
+
+def without_speed(arguments):
+    """The arguments without --amp and --compile, which are then the program's choice."""
+    pairs = zip(arguments[::2], arguments[1::2])
+    return [part for name, value in pairs if name not in ("--amp", "--compile") for part in (name, value)]
+
+
+def test_amp_and_compile_are_chosen_by_the_machine_and_the_length_of_the_run(run, pairs_dir, tmp_path, capsys):
+    result = run("train", *without_speed(tiny(pairs_dir, tmp_path / "run", max_steps=1)))
+    assert result.status == 0, result
+    arguments = json.loads((tmp_path / "run/args.json").read_text())
+    assert arguments["amp"] is fast_bfloat16(torch.device("cpu")) and arguments["compile"] is False
+    assert f"bfloat16 {arguments['amp']}, compile False" in result.out
+
+
+@pytest.mark.parametrize("steps, compiler, chosen", [(999, True, False), (1000, True, True), (1000, False, False)])
+def test_long_runs_are_compiled_where_there_is_a_compiler(monkeypatch, tmp_path, steps, compiler, chosen):
+    """The steps are those of the whole run: how much is left of a resumed one must not change its arithmetic."""
+    (tmp_path / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) if compiler else "")
+    monkeypatch.delenv("CXX", raising=False)
+    args = train.parse_args([])
+    choose_speed(args, torch.device("cpu"), steps)
+    assert args.compile is chosen
+
+
+@pytest.mark.slow
+def test_a_long_run_is_really_compiled_and_resumes_so(train_run, run, pairs_dir, tmp_path, monkeypatch):
+    """The default of real runs: two steps of a thousand, then one more; the losses are those of the eager run."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler here")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = {"max_steps": 1000, "epochs": 1000, "use_dilation": False}
+    eager, _ = train_run("eager", stop_after=3, **flags)
+    for k, more in enumerate(([], ["--resume"])):
+        arguments = tiny(pairs_dir, tmp_path / "run", stop_after=2 + k, **flags)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        result = run("train", *without_speed(arguments), "--amp", "False", *more)
+        assert result.status == 0 and "compile True" in result.out, result
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    losses = [[line["loss"] for line in steps(folder)] for folder in (tmp_path / "run", eager)]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert load_weights(tmp_path / "run/net_latest.pth").keys() == SAPNet().state_dict().keys()
+
+
+# Validation
+
+
+def packed_names(folder):
+    """The names of the rainy images in the only packed file of a folder."""
+    (path,) = folder.glob("packed/*.h5")
+    return PackedPatches(path).names
+
+
+def make_versions(folder, backgrounds=(1, 2, 3), versions=2):
+    """Rain12600's layout: several rainy versions of each clean image."""
+    for number in backgrounds:
+        clean = photo(number)
+        save(folder / f"ground_truth/{number}.png", clean)
+        for version in range(1, versions + 1):
+            save(folder / f"rainy_image/{number}_{version}.png", with_rain(clean, 10 * number + version))
+    return folder
+
+
+def assert_one_background_is_held_out(result, tmp_path, backgrounds, versions):
+    names = packed_names(tmp_path)
+    trained = {name.split("_")[0] for name in names}
+    assert len(trained) == backgrounds - 1 and len(names) == versions * len(trained)
+    assert "1 validation pairs" in result.out
+    left_out = next(line for line in result.out.splitlines() if "left out" in line)
+    (held_out,) = {str(number) for number in range(1, backgrounds + 1)} - trained
+    assert left_out.count(f"{held_out}_") == versions, "each version is named"
+
+
+def test_all_versions_of_a_background_that_is_held_out_leave_the_training(train_run, tmp_path):
+    _, result = train_run(data_path=make_versions(tmp_path / "versions"), val_pairs=1, max_steps=1)
+    assert_one_background_is_held_out(result, tmp_path, 3, 2)
+
+
+def test_case_val_leak(train_run, shared, tmp_path):
+    _, result = train_run(data_path=shared / "cases/val_leak/Rain12600", val_pairs=1, max_steps=1, stride=300)
+    assert_one_background_is_held_out(result, tmp_path, 3, 2)
+
+
+def test_backgrounds_of_val_path_leave_the_training(train_run, tmp_path):
+    """Pairs of theirs and photographs alike."""
+    val = make_pairs(tmp_path / "val", (2, 4))
+    for number in (2, 5):
+        save(tmp_path / f"photographs/{number}.jpg", photo(number))
+    folders = "--data_path", tmp_path / "pairs", tmp_path / "photographs"
+    _, result = train_run("run", *folders, "--rain_synth", "heavy", 0.5, val_path=val, max_steps=1)
+    names = sorted(name for path in tmp_path.glob("packed/*.h5") for name in PackedPatches(path).names)
+    assert names == ["5.jpg", "rain-1.png", "rain-3.png"]
+    left_out = [line for line in result.out.splitlines() if "left out" in line]
+    assert len(left_out) == 2 and "rain-2.png" in left_out[0] and "2.jpg" in left_out[1]
+
+
+def test_a_training_set_of_which_nothing_is_left_is_refused(refused, pairs_dir, tmp_path):
+    refused(
+        "train", *tiny(pairs_dir, tmp_path / "run", val_path=pairs_dir), names=["--data_path", pairs_dir, "3 pairs"]
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_pairs_are_held_out_by_folder(run, pairs_dir, tmp_path):
-    folders = pairs_dir, make_pairs(tmp_path / "others"), pairs_dir
-    arguments = options(pairs_dir, tmp_path / "run", epochs=1, max_steps=1)
-    result = run("train", *arguments, "--data_path", *folders, "--val_pairs", 0, 2, 0)
-    assert result.status == 0 and "42 patches" in result.out and "2 validation pairs" in result.out, result
+    folders = pairs_dir, make_pairs(tmp_path / "others", (5, 6, 7)), f"{pairs_dir}:2"
+    arguments = *tiny(pairs_dir, tmp_path / "run", max_steps=1), "--data_path", *folders
+    result = run("train", *arguments, "--val_pairs", 0, 2, 0)
+    assert result.status == 0 and "60 patches" in result.out and "2 validation pairs" in result.out, result
 
 
-def test_a_folder_given_twice_holds_out_the_same_pairs(refused, run, pairs_dir, tmp_path):
-    arguments = *options(pairs_dir, tmp_path / "run", epochs=1, max_steps=1), "--data_path", pairs_dir, pairs_dir
+def test_a_folder_given_twice_holds_out_the_same_pairs(run, pairs_dir, tmp_path):
+    arguments = *tiny(pairs_dir, tmp_path / "run", max_steps=1), "--data_path", pairs_dir, pairs_dir
     result = run("train", *arguments, "--val_pairs", 1)
     assert result.status == 0 and "24 patches" in result.out and "1 validation pairs" in result.out, result
-    refused("train", *arguments, "--resume", "--val_pairs", 0, 1, names=["--val_pairs", str(pairs_dir)])
 
 
 def test_numbers_of_held_out_pairs_that_fit_no_folders_are_refused(refused, pairs_dir, tmp_path):
-    arguments = options(pairs_dir, tmp_path / "run")
+    arguments = tiny(pairs_dir, tmp_path / "run")
     refused("train", *arguments, "--val_pairs", 1, 2, names=["--val_pairs", "--data_path (1)", "1 2"])
+
+
+def test_validation_pair_of_two_sizes_is_refused_before_training(refused, pairs_dir, val_dir, tmp_path):
+    save(val_dir / "norain-4.png", photo(4, 40, 64))
+    refused(
+        "train", *tiny(pairs_dir, tmp_path / "run", val_path=val_dir),
+        names=[val_dir / "rain-4.png", "norain-4.png", "64x40"],
+    )
+    assert not (tmp_path / "run").exists()
 
 
 # Stopping and resuming
 
 
-@pytest.fixture
-def whole(train_run, pairs_dir):
-    """A run of three epochs that never stopped."""
-    return train_run("whole", val_path=pairs_dir)[0]
+@pytest.mark.parametrize(
+    "num_workers, flags",
+    [
+        (1, {}), (0, {"schedule": "cosine", "ema": 0.9}),
+        (1, {"schedule": "cosine", "ema": 0.9, "optimizer": "muon"}),
+        (0, {"schedule": "cosine", "max_steps": 7, "epochs": 100, "optimizer": "muon"}),
+    ],
+)
+def test_a_run_stopped_three_times_equals_one_that_never_was(train_run, whole_run, val_dir, num_workers, flags):
+    """Stopped after the first step, at an epoch's end, and within an epoch."""
+    for stop_after in (1, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2):
+        resume = ["--resume"] if stop_after > 1 else []
+        folder, result = train_run(
+            "run", *resume, stop_after=stop_after, val_path=val_dir, num_workers=num_workers, **flags
+        )
+        assert f"stopped after step {stop_after}; the same command with --resume continues" in result.out
+        assert read_state(folder)["position"]["step"] == stop_after
+        torch.rand(100)  # the random state must come from the file
+    train_run("run", "--resume", val_path=val_dir, num_workers=num_workers, **flags)
+    assert_same_run(folder, whole_run(**flags))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_run_stopped_after_an_epoch_resumes_exactly(train_run, monkeypatch, whole, pairs_dir, workers):
-    """Ctrl-C while epoch 2 is being validated."""
-    validate, calls = train.validate, []
-
-    def stop_in_second(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return validate(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", stop_in_second)
-        folder, result = train_run("stopped", val_path=pairs_dir, num_workers=workers, status=130)
-    assert "--resume continues" in result.out.splitlines()[-1]
-    assert [line["epoch"] for line in records(folder)] == [1, 2]
-    torch.rand(100)  # the random state must come from the file
-    train_run("stopped", "--resume", val_path=pairs_dir, num_workers=workers)
-    assert_same_run(folder, whole)
+def test_the_same_stop_after_again_does_not_stop_twice(train_run, whole_run, val_dir):
+    train_run(stop_after=3, val_path=val_dir)
+    folder, _ = train_run("run", "--resume", stop_after=3, val_path=val_dir)
+    assert_same_run(folder, whole_run())
 
 
-@pytest.mark.parametrize("steps", [1, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])
-def test_run_cut_by_max_steps_resumes_exactly(train_run, whole, pairs_dir, steps):
-    train_run("cut", val_path=pairs_dir, max_steps=steps)
-    folder, result = train_run("cut", "--resume", val_path=pairs_dir)
-    assert f"--max_steps {steps} -> None" in result.out
-    # A validation in the middle of an epoch may have found a better net_best.
-    (folder / "net_best.pth").write_bytes((whole / "net_best.pth").read_bytes())
-    states = [torch.load(path / "train_state.pth", weights_only=True) for path in (folder, whole)]
-    for state in states:
-        state["position"].pop("best_psnr_y")
-    torch.testing.assert_close(*states, rtol=0, atol=0)
-    for name in ("net_latest.pth", "net_epoch1.pth", "net_epoch2.pth", "net_epoch3.pth"):
-        assert_same_weights(folder / name, whole / name)
-    assert [line["step"] for line in records(folder)] == [4, 8, 12]
+def test_a_run_ended_by_max_steps_goes_on_without_it(train_run, whole_run, val_dir):
+    """But its line of the unfinished epoch is dropped. The validation in its middle may have found a net_best."""
+    train_run(max_steps=6, val_path=val_dir)
+    folder, result = train_run("run", "--resume", val_path=val_dir)
+    assert "--max_steps 6 -> None" in result.out and "max_steps 6 -> None" in result.out
+    whole = whole_run()
+    states = [read_state(path) for path in (folder, whole)]
+    torch.testing.assert_close(*(state["net"] for state in states), rtol=0, atol=0)
+    assert [line["step"] for line in records(folder)] == [4, 8]
+    assert [line["step"] for line in steps(folder)] == [*range(1, 9)]
 
 
-def test_run_that_dies_within_an_epoch_resumes_from_its_last_save(train_run, monkeypatch, whole, pairs_dir):
-    """In its eighth step: saved are the third, the fourth, which ends an epoch, and the sixth."""
-    rate = train.learning_rate
-
-    def die(args, position, steps):
-        assert position.step < STEPS_AN_EPOCH + 3, "struck"
-        return rate(args, position, steps)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", die)
-        with pytest.raises(AssertionError, match="struck"):
-            train_run("struck", val_path=pairs_dir, save_steps=3)
-    state = torch.load(whole.with_name("struck") / "train_state.pth", weights_only=True)
-    assert (state["position"]["epoch"], state["position"]["batch"]) == (1, 2)
-    folder, _ = train_run("struck", "--resume", val_path=pairs_dir, save_steps=3)
-    assert_same_run(folder, whole)
+@pytest.mark.parametrize("number, step, last", [(signal.SIGINT, 6, 6), (signal.SIGTERM, None, STEPS_AN_EPOCH + 1)])
+def test_a_signal_stops_after_the_step(train_run, whole_run, val_dir, number, step, last):
+    """In the second epoch's second step, or in the validation of the first epoch, after which a step is still made."""
+    with struck(number, step):
+        folder, result = train_run(val_path=val_dir, status=130)
+    assert result.out.splitlines()[-1] == f"stopped after step {last}; the same command with --resume continues"
+    assert not result.err
+    train_run("run", "--resume", val_path=val_dir)
+    assert_same_run(folder, whole_run())
 
 
-def test_run_that_dies_in_an_epochs_report_makes_up_for_it(train_run, monkeypatch, whole, pairs_dir):
-    """Saved is the second step of four: a save of the fourth would leave no batch to show in TensorBoard."""
-    name, reported, report = "unreported", [], train.report_epoch
-
-    def die(*args):
-        raise AssertionError("struck")
-
-    def note(args, net, rate, position, images, *rest):
-        reported.append(images)
-        return report(args, net, rate, position, images, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "report_epoch", die)
-        with pytest.raises(AssertionError, match="struck"):
-            train_run(name, val_path=pairs_dir, save_steps=2)
-    monkeypatch.setattr(train, "report_epoch", note)
-    folder, _ = train_run(name, "--resume", val_path=pairs_dir, save_steps=2)
-    assert_same_run(folder, whole)
-    assert reported and all(images is not None for images in reported)
+def test_a_signal_in_the_last_step_changes_nothing(train_run, whole_run, val_dir):
+    with struck(signal.SIGINT, 2 * STEPS_AN_EPOCH):
+        folder, _ = train_run(val_path=val_dir)
+    assert_same_run(folder, whole_run())
 
 
-def test_resume_restores_the_random_state(train_run, monkeypatch):
-    """Nothing draws from it today; a loss that does must go on as if it had never stopped."""
-    forward = train.DerainLoss.forward
-
-    def noisy(self, *args, **named):
-        total, terms = forward(self, *args, **named)
-        return total * torch.rand(()), terms
-
-    monkeypatch.setattr(train.DerainLoss, "forward", noisy)
-    whole, _ = train_run("whole", epochs=2)
-    cut, _ = train_run("cut", epochs=2, max_steps=3)
-    train_run("cut", "--resume", epochs=2)
-    assert_same_weights(cut / "net_latest.pth", whole / "net_latest.pth")
+def test_a_second_ctrl_c_stops_at_once(train_run, whole_run, val_dir):
+    with struck(signal.SIGINT, 7), struck(signal.SIGINT, 7):
+        folder, result = train_run(val_path=val_dir, save_steps=3, status=130)
+    assert result.err == "train.py: error: interrupted\n"
+    train_run("run", "--resume", val_path=val_dir, save_steps=3)
+    assert_same_run(folder, whole_run())
 
 
-def test_ctrl_c_in_the_terminal_stops_saves_and_resumes_exactly(train_run, whole, pairs_dir, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_in_the_terminal_stops_saves_and_resumes_exactly(train_run, pairs_dir, tmp_path):
     """The real thing: a process group with loader workers gets SIGINT in the middle of an epoch."""
-    arguments = options(pairs_dir, tmp_path / "stopped", val_path=pairs_dir, num_workers=2, epochs=1000, milestone=2)
-    child = run_subprocess("train.py", *arguments, start_new_session=True)
+    flags = {"num_workers": 2, "epochs": 1000, "milestone": 2, "save_steps": 2}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    arguments = tiny(pairs_dir, tmp_path / "stopped", **flags)
+    child = run_subprocess("train.py", *arguments, start_new_session=True, env=environment)
     deadline = time.monotonic() + 120
     while not (tmp_path / "stopped/net_latest.pth").exists():
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130, (out, err)
     assert "--resume continues" in out.splitlines()[-1] and "Traceback" not in err
-    state = torch.load(tmp_path / "stopped/train_state.pth", weights_only=True)
-    step = state["position"]["step"]
+    more = read_state(tmp_path / "stopped")["position"]["step"] + 3
+    flags["num_workers"] = 0
     # It goes on to a step of its own choosing, which a run that never stopped must reach with the same weights.
-    more = step + 3
-    train_run("stopped", "--resume", val_path=pairs_dir, epochs=1000, max_steps=more)
-    train_run("straight", val_path=pairs_dir, epochs=1000, max_steps=more)
+    train_run("stopped", "--resume", stop_after=more, **flags)
+    train_run("straight", stop_after=more, **flags)
     assert_same_weights(tmp_path / "stopped/net_latest.pth", tmp_path / "straight/net_latest.pth")
 
 
-def test_finished_run_resumed_changes_nothing(train_run, whole):
-    before = {name: data for name, data in contents(whole).items() if name.endswith((".pth", ".jsonl"))}
-    train_run("whole", "--resume")
-    assert {name: data for name, data in contents(whole).items() if name.endswith((".pth", ".jsonl"))} == before
+def test_resume_restores_the_random_state(train_run, monkeypatch):
+    """Nothing draws from it today; a loss that does must go on as if it had never stopped."""
+    build = train.build_criterion
+
+    def build_noisy(*args):
+        criterion = build(*args)
+
+        def noisy(*images):
+            total, terms = criterion(*images)
+            return total * torch.rand(()), terms
+
+        return noisy
+
+    monkeypatch.setattr(train, "build_criterion", build_noisy)
+    whole, _ = train_run("whole", epochs=1)
+    cut, _ = train_run("cut", epochs=1, stop_after=2)
+    train_run("cut", "--resume", epochs=1)
+    assert_same_run(cut, whole)
 
 
-def test_resume_chooses_eager_or_compiled_as_the_whole_run_would(train_run, monkeypatch, pairs_dir):
-    """Both are right, but not to the bit the same: how much is left must not decide."""
-    decided = []
-    choose = train.choose_speed
-    monkeypatch.setattr(
-        train, "choose_speed", lambda args, device, steps: decided.append(steps) or choose(args, device, steps)
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or {"psnr_y": 1.0})
-        train_run(val_path=pairs_dir, status=130)
-    train_run("run", "--resume", val_path=pairs_dir)
-    assert decided == [3 * STEPS_AN_EPOCH] * 2
+@pytest.mark.parametrize(
+    "first, stop_after, second, step, seen",
+    [
+        (4, 2, 2, 7, 18),
+        (2, 1, 4, 5, 18),
+        (2, 7, 4, 8, 18),  # the last four patches are one batch more than an epoch of fours has
+        (3, 5, 4, 5, 15),  # the last three patches are no batch
+    ],
+)
+def test_resume_with_another_batch_size_goes_on_at_the_same_sample(
+    train_run, tmp_path, first, stop_after, second, step, seen
+):
+    drawn = []
+    flags = {"augment": False, "epochs": 1}
+    with watch(lambda rainy, _: drawn.extend(rainy)):
+        train_run(batch_size=first, stop_after=stop_after, **flags)
+        folder, result = train_run("run", "--resume", batch_size=second, **flags)
+    before = first * stop_after
+    assert f"going on after step {stop_after}, {before} patches, batch_size {first} -> {second}" in result.out
+    (packed,) = tmp_path.glob("packed/*.h5")
+    patches = PackedPatches(packed)
+    order = np.random.default_rng((0, 0)).permutation(len(patches))[:seen]
+    expected = torch.stack([torch.from_numpy(patches[index][0]).permute(2, 0, 1) / 255 for index in order])
+    assert torch.equal(torch.stack(drawn), expected), "each patch once, in the order of the undisturbed epoch"
+    assert [(line["epoch"], line["step"]) for line in records(folder)] == [(1, step)]
+    position = read_state(folder)["position"]
+    assert [position[name] for name in ("epoch", "sample", "step", "seen")] == [1, 0, step, seen]
 
 
-def test_resume_with_other_network_options_is_refused_and_changes_nothing(train_run, refused, pairs_dir, tmp_path):
+def test_case_resume_other_batch(train_run, refused, shared, tmp_path):
+    data = tmp_path / "Rain12600"
+    shutil.copytree(shared / "cases/resume_other_batch/Rain12600", data)
+    flags = {"data_path": data, "stride": 150}
+    folder, _ = train_run(batch_size=2, stop_after=7, **flags)
+    position = read_state(folder)["position"]
+    patches = read_state(folder)["data"]["sources"][0]["patches"]
+    train_run("run", "--resume", batch_size=6, stop_after=8, **flags)
+    assert read_state(folder)["position"]["seen"] == position["seen"] + 6 < patches
+    (data / "rainy_image/2_14.jpg").unlink()
+    refused("train", *tiny(data, folder, "--resume", stride=150), names=[data, "6 images then, 5 images now"])
+
+
+def add_pair(data, val):
+    make_pairs(data, (9,))
+
+
+def remove_pair(data, val):
+    (data / "rain-3.png").unlink()
+    (data / "norain-3.png").unlink()
+
+
+def edit_image(data, val):
+    image = read_rgb(data / "rain-2.png").copy()
+    image[10, 10, 1] ^= 1
+    save(data / "rain-2.png", image)
+
+
+def edit_validation(data, val):
+    save(val / "norain-4.png", photo(8))
+
+
+CHANGES = {
+    "file added": (add_pair, {}, "3 images then, 4 images now"),
+    "file removed": (remove_pair, {}, "3 images then, 2 images now"),
+    "image edited": (edit_image, {}, "other images than then"),
+    "patch size": (None, {"patch_size": 12}, "patches of 11 px then, patches of 12 px now"),
+    "stride": (None, {"stride": 20}, "18 patches then, 36 patches now"),
+    "count": (None, {"data_path": "{data}:2"}, "counted 1 times then, counted 2 times now"),
+    "hold-out": (None, {"val_pairs": 1}, "3 images then, 2 images now"),
+    "seed": (None, {"seed": 1}, "--seed 0 then, 1 now"),
+    "folders": (None, {"data_path": "{data} {val}"}, "--data_path with 1 folders then, 2 now"),
+    "validation": (edit_validation, {}, "1 validation pairs then, 1 others now"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resume_on_other_data_says_what_changed(train_run, refused, pairs_dir, tmp_path, change):
+    val = make_pairs(tmp_path / "val", (4,))
+    folder, _ = train_run(stop_after=2, val_path=val)
+    before = contents(folder)
+    act, flags, expected = CHANGES[change]
+    if act:
+        act(pairs_dir, val)
+    flags = {"val_path": val, **flags}
+    data_path = flags.pop("data_path", "{data}").format(data=pairs_dir, val=make_pairs(tmp_path / "more", (5,)))
+    arguments = tiny(pairs_dir, folder, "--resume", **flags)
+    message = refused("train", *arguments, "--data_path", *data_path.split(), names=[f"--resume {folder}", expected])
+    assert "--init_weights" in message
+    assert contents(folder) == before
+
+
+def test_resume_does_not_mind_other_dates_and_another_place(train_run, whole_run, pairs_dir, val_dir, tmp_path):
+    train_run(stop_after=2, val_path=val_dir)
+    for path in pairs_dir.iterdir():
+        os.utime(path, (1e9, 1e9))
+    folder, result = train_run("run", "--resume", stop_after=6, val_path=val_dir)
+    assert "the folder has changed" in result.out, "packed again, but from the same images"
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(pairs_dir, moved / "data")
+    shutil.copytree(folder, moved / "run")
+    shutil.rmtree(pairs_dir)
+    shutil.rmtree(folder)
+    train_run("elsewhere/run", "--resume", data_path=moved / "data", packed_dir=moved / "packed", val_path=val_dir)
+    assert_same_run(moved / "run", whole_run())
+
+
+def test_initial_weights_are_not_needed_again(train_run, tmp_path):
+    torch.manual_seed(5)
+    checkpoint, flags = tmp_path / "initial.pth", {"epochs": 1}
+    save_checkpoint(checkpoint, SAPNet().state_dict())
+    whole, _ = train_run("whole", init_weights=checkpoint, **flags)
+    plain, _ = train_run("plain", **flags)
+    cut, _ = train_run("cut", init_weights=checkpoint, stop_after=1, **flags)
+    checkpoint.unlink()
+    train_run("cut", "--resume", stop_after=2, **flags)
+    train_run("cut", "--resume", init_weights=checkpoint, **flags)
+    assert_same_run(cut, whole)
+    assert steps(plain)[0]["loss"] != steps(whole)[0]["loss"]
+
+
+def test_the_state_of_an_earlier_version_is_refused(refused, pairs_dir, tmp_path):
+    folder, net = tmp_path / "run", SAPNet(recurrent_iter=1)
+    optimizer = torch.optim.Adam(net.parameters())
+    state = {"net": net.state_dict(), "averaged": net.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"position": {"epoch": 1, "batch": 2, "step": 6}, "random": torch.get_rng_state()}
+    save_checkpoint(folder / "train_state.pth", state)
+    save_checkpoint(folder / "net_latest.pth", net.state_dict())
+    before = contents(folder)
+    arguments = tiny(pairs_dir, folder, "--resume")
+    message = refused("train", *arguments, names=[folder / "train_state.pth", "earlier version"])
+    assert f"--init_weights {folder / 'net_latest.pth'}" in message
+    assert contents(folder) == before
+
+
+def test_finished_run_resumed_changes_nothing(train_run):
     folder, _ = train_run(epochs=1)
     before = contents(folder)
-    refused("train", *options(pairs_dir, folder, "--resume", residual_conv="split"), names=["train_state.pth"])
+    for flags in ({"epochs": 1}, {"epochs": 3, "max_steps": STEPS_AN_EPOCH}):
+        _, result = train_run("run", "--resume", **flags)
+        assert f"nothing left to do after step {STEPS_AN_EPOCH}" in result.out
+        after = contents(folder)
+        assert {name for name in after if before.get(name) != after[name]} <= {"args.json"}
+
+
+def test_a_finished_run_goes_on_with_more_epochs(train_run, whole_run, val_dir):
+    train_run(epochs=1, val_path=val_dir)
+    folder, result = train_run("run", "--resume", val_path=val_dir)
+    assert "epochs 1 -> 2" in result.out
+    assert_same_run(folder, whole_run())
+
+
+def test_resume_with_other_network_options_is_refused_and_changes_nothing(train_run, refused, pairs_dir):
+    folder, _ = train_run(epochs=1)
+    before = contents(folder)
+    refused("train", *tiny(pairs_dir, folder, "--resume", residual_conv="split"), names=["train_state.pth"])
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("first, second", [("adam", "muon"), ("muon", "adam")])
 def test_resume_with_another_optimizer_is_refused_and_changes_nothing(train_run, refused, pairs_dir, first, second):
-    folder, _ = train_run(epochs=1, optimizer=first)
+    folder, _ = train_run(max_steps=1, optimizer=first)
     before = contents(folder)
-    arguments = options(pairs_dir, folder, "--resume", optimizer=second)
-    refused("train", *arguments, names=["train_state.pth", "--optimizer"])
+    refused("train", *tiny(pairs_dir, folder, "--resume", optimizer=second), names=["train_state.pth", "--optimizer"])
     assert contents(folder) == before
+
+
+def test_a_run_is_not_overwritten_and_none_is_not_resumed(train_run, refused, pairs_dir, tmp_path):
+    folder, _ = train_run(max_steps=1)
+    before = contents(folder)
+    refused("train", *tiny(pairs_dir, folder), names=[f"--save_path {folder}", "--resume"])
+    assert contents(folder) == before
+    refused("train", *tiny(pairs_dir, tmp_path / "none", "--resume"), names=["--resume", tmp_path / "none"])
+    assert not (tmp_path / "none").exists()
+    (folder / "train_state.pth").unlink()
+    refused("train", *tiny(pairs_dir, folder, "--resume"), names=["--resume", folder, "train_state.pth"])
 
 
 # Faults
 
 
+def write_prenet_patches(folder, count, broken):
+    """PReNet's packed patches, which are numbers of 32 bits: one of patch ``broken``'s is NaN."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name in ("train_input.h5", "train_target.h5"):
+        patches = random.random((count, 3, 11, 11), np.float32)
+        patches[broken, 1, 5, 5] = np.nan
+        with h5py.File(folder / name, "w") as file:
+            for key, patch in enumerate(patches):
+                file[str(key)] = patch
+    return folder
+
+
 @pytest.mark.parametrize("bad_step", [2, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 3])
-def test_non_finite_loss_names_the_batch_and_keeps_the_last_checkpoint(
-    train_run, refused, monkeypatch, pairs_dir, tmp_path, bad_step
-):
-    good, _ = train_run("good", epochs=1)
-    forward, batches = train.DerainLoss.forward, []
-
-    def spoil(self, *args, **named):
-        total, terms = forward(self, *args, **named)
-        batches.append(1)
-        return (total * float("nan") if len(batches) == bad_step else total), terms
-
-    drawn = []
-    getitem = train.TrainingPatches.__getitem__
-    monkeypatch.setattr(
-        train.TrainingPatches, "__getitem__",
-        lambda self, key: drawn.append(self.describe(key[1])) or getitem(self, key),
-    )
-    monkeypatch.setattr(train.DerainLoss, "forward", spoil)
-    message = refused("train", *options(pairs_dir, tmp_path / "bad"), status=1, names=["loss is nan"])
-    guilty = drawn[4 * (bad_step - 1) : 4 * bad_step]
-    assert all(name in message for name in guilty) and message.count(" at row ") == 4
-    if bad_step <= STEPS_AN_EPOCH:
-        assert not list((tmp_path / "bad").glob("*.pth"))
+def test_non_finite_loss_names_the_batch_and_keeps_the_last_checkpoint(refused, tmp_path, bad_step):
+    """In the second epoch: by a patch that the first one has left over."""
+    count, epoch, batch = 18, *divmod(bad_step - 1, STEPS_AN_EPOCH)
+    for seed in range(1000):
+        orders = [np.random.default_rng((seed, k)).permutation(count) for k in range(epoch + 1)]
+        guilty = orders[-1][4 * batch : 4 * batch + 4]
+        broken = set(guilty) & set(orders[0][16:]) if epoch else set(guilty)
+        if broken:
+            break
+    data = write_prenet_patches(tmp_path / "data", count, min(broken))
+    folder = tmp_path / "run"
+    message = refused("train", *tiny(data, folder, seed=seed), status=1, names=["the loss is not finite"])
+    assert all(f"data patch {index}" in message for index in guilty) and message.count(" patch ") == 4
+    if epoch == 0:
+        assert not list(folder.glob("*.pth"))
     else:
-        assert_same_weights(tmp_path / "bad/net_latest.pth", good / "net_latest.pth")
-        assert [line["epoch"] for line in records(tmp_path / "bad")] == [1]
+        assert_same_weights(folder / "net_latest.pth", folder / "net_epoch1.pth")
+        assert read_state(folder)["position"]["step"] == STEPS_AN_EPOCH
+        assert [line["epoch"] for line in records(folder)] == [1]
 
 
-@pytest.mark.parametrize("bad_step, save_steps", [(STEPS_AN_EPOCH, 500), (2, 2)])
-def test_non_finite_gradient_before_a_save_is_not_saved(
-    refused, monkeypatch, pairs_dir, tmp_path, bad_step, save_steps
-):
-    """Its loss was finite still: only the weights tell."""
-    step, steps = torch.optim.Adam.step, []
-
-    def spoil(self, *args, **named):
-        steps.append(1)
-        if len(steps) == bad_step:
-            self.param_groups[0]["params"][0].grad[0] = float("inf")
-        return step(self, *args, **named)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", spoil)
-    arguments = options(pairs_dir, tmp_path / "run", save_steps=save_steps)
-    refused("train", *arguments, status=1, names=["norm of the weights is nan", " at row "])
-    assert not list((tmp_path / "run").glob("*.pth"))
+@pytest.mark.parametrize(
+    "flags", [{"save_steps": 1}, {"max_steps": 1}, {"stop_after": 1}, {"batch_size": 18}], ids=lambda flags: str(flags)
+)
+def test_non_finite_weights_are_not_saved(refused, pairs_dir, val_dir, tmp_path, flags):
+    """A step so large that they overflow: its loss was finite still."""
+    arguments = tiny(pairs_dir, tmp_path / "run", lr=1e37, val_path=val_dir, **flags)
+    refused("train", *arguments, status=1, names=["norm of the weights is not finite", " at row "])
+    assert not list((tmp_path / "run").glob("*.pth")) and not records(tmp_path / "run")
 
 
-def test_validation_pair_of_two_sizes_is_refused_before_training(refused, pairs_dir, tmp_path):
-    val = make_pairs(tmp_path / "val")
-    save(val / "norain-2.png", photo(2, 40, 64))
-    refused(
-        "train", *options(pairs_dir, tmp_path / "run", val_path=val),
-        names=[val / "rain-2.png", "norain-2.png", "64x40"],
-    )
-    assert not (tmp_path / "run").exists()
-
-
-def test_resuming_a_run_that_has_all_its_steps_changes_nothing(train_run):
-    folder, _ = train_run(max_steps=STEPS_AN_EPOCH)
-    before = contents(folder)
-    _, result = train_run("run", "--resume", max_steps=STEPS_AN_EPOCH)
-    assert "nothing left to do after step 4" in result.out
-    after = contents(folder)
-    changed = {name for name in after if before.get(name) != after[name]}
-    assert changed <= {"args.json"}, changed
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_programming_error_keeps_its_traceback(train_run, monkeypatch, num_workers):
+    """A RuntimeError of PyTorch's in somebody's new code, in the main process or in a loader's."""
+    if num_workers == 0:
+        monkeypatch.setattr(SAPNet, "forward", lambda self, rainy: rainy @ torch.rand(5, 7))
+    else:
+        monkeypatch.setattr(TrainingPatches, "__getitem__", lambda self, key: torch.rand(2, 3) @ torch.rand(5, 7))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|Expected size"):
+        train_run(num_workers=num_workers)
 
 
 # New rain
@@ -559,13 +907,13 @@ def test_a_folder_of_clean_photographs_trains(train_run, tmp_path):
 
 def test_new_rain_resumes_exactly(train_run):
     rain = ["--rain_synth", "both", "0.4", "--rain_mix", "0.4", "--rain_vary", "0.5"]
-    whole, _ = train_run("whole", *rain)
-    plain, _ = train_run("plain")
-    train_run("cut", *rain, max_steps=6)
-    cut, result = train_run("cut", *rain, "--resume", num_workers=1)
+    whole, _ = train_run("whole", *rain, epochs=1)
+    plain, _ = train_run("plain", max_steps=1)
+    train_run("cut", *rain, epochs=1, stop_after=2)
+    cut, result = train_run("cut", *rain, "--resume", epochs=1, num_workers=1)
     assert_same_run(cut, whole)
     assert "--rain" not in result.out
-    assert records(plain)[0]["loss"] != records(whole)[0]["loss"]
+    assert steps(plain)[0]["loss"] != steps(whole)[0]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -579,7 +927,7 @@ def test_new_rain_resumes_exactly(train_run):
     ],
 )
 def test_bad_shares_of_rain_are_named(refused, pairs_dir, tmp_path, rain):
-    refused("train", *options(pairs_dir, tmp_path / "run", *rain), names=[rain[0]])
+    refused("train", *tiny(pairs_dir, tmp_path / "run", *rain), names=[rain[0]])
     assert not (tmp_path / "run").exists()
 
 
@@ -587,6 +935,6 @@ def test_holding_out_of_clean_photographs_says_what_to_do(refused, tmp_path):
     save(tmp_path / "photographs/1.jpg", photo(1))
     rain = ("--rain_synth", "heavy", 1)
     refused(
-        "train", *options(tmp_path / "photographs", tmp_path / "run", *rain, val_pairs=1),
+        "train", *tiny(tmp_path / "photographs", tmp_path / "run", *rain, val_pairs=1),
         names=["--val_pairs", "rain.py", "--val_path"],
     )

@@ -1,16 +1,18 @@
 """A disk that is full at every file a script writes: a sentence that names it, nothing lost, no temporary files."""
+import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import inference
-import train
+import run_folder
 import utils
+from checkpoints import load_checkpoint
 from conftest import contents, make_pairs, save
-from test_train import assert_same_weights, options
+from test_train import assert_same_weights, options, tiny
 from warm import figure
 
 PAGE = 4096
@@ -29,35 +31,45 @@ def fill(folder, left):
             os.posix_fallocate(file.fileno(), 0, free(folder) - left)
 
 
+def pad_log(path):
+    """Make the log fill its last page of the disk, where a further line would find room otherwise."""
+    *lines, last = path.read_text().splitlines(keepends=True)
+    record = {**json.loads(last), "note": ""}
+    lines = "".join(lines)
+    record["note"] = "x" * (-len(lines + json.dumps(record) + "\n") % PAGE)
+    path.write_text(lines + json.dumps(record) + "\n")
+    assert path.stat().st_size % PAGE == 0
+
+
 def fill_before_write(disk, monkeypatch, site, count):
     """Fill the disk just before the ``count``-th write of the file ``site``; what it held then is appended."""
-    seen, held, temporary_name, checksum = [], [], utils.temporary_name, train.masked_crc32c
+    seen, held, named, write, write_event = [], [], *(
+        getattr(*place) for place in (
+            (utils, "temporary_name"), (run_folder.RunLog, "write"), (run_folder.RunLog, "write_event")
+        )
+    )
 
-    def look(name, path):
+    def look(name):
         if site in name:
             seen.append(name)
             if len(seen) == count:
-                held.append(path and path.exists() and path.read_bytes())
+                path = disk / "run" / name
+                held.append(path.exists() and path.read_bytes())
                 fill(disk, 0)
 
-    def named(name, process):
-        look(name, disk / "run" / name)
-        return temporary_name(name, process)
-
-    def checked(data):
-        look("events.out", None)
-        return checksum(data)
-
-    monkeypatch.setattr(utils, "temporary_name", named)
-    monkeypatch.setattr(train, "masked_crc32c", checked)
+    monkeypatch.setattr(utils, "temporary_name", lambda name, process: look(name) or named(name, process))
+    monkeypatch.setattr(run_folder.RunLog, "write", lambda log, record: look("log.jsonl") or write(log, record))
+    monkeypatch.setattr(
+        run_folder.RunLog, "write_event", lambda log, **content: look("events.out") or write_event(log, **content)
+    )
     return held
 
 
-# File: which write of it fails, in a resumed run of one epoch.
-SITES = {
-    "args.json": 1, "net_latest": 1, "events.out": 1, "net_best": 1, "log.jsonl": 1, "net_epoch": 1, "train_state": 1,
-    "net_latest.pth": 2,
-}
+# (file, which write of it fails in a resumed run of one epoch): the log is written anew first, and then added to.
+SITES = (
+    ("args.json", 1), ("net_latest", 1), ("log.jsonl", 1), ("events.out", 1), ("log.jsonl", 2), ("net_best", 1),
+    ("net_epoch", 1), ("train_state", 1), ("net_latest.pth", 2),
+)
 
 
 @pytest.mark.slow
@@ -71,7 +83,8 @@ def test_full_disk_at_every_file_of_a_run(run, small_disk, monkeypatch, tmp_path
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run("train", *arguments(whole, epochs=2)).status == 0
     assert run("train", *arguments(cut, epochs=1)).status == 0
-    for site, count in SITES.items():
+    pad_log(cut / "log.jsonl")
+    for site, count in SITES:
         shutil.copytree(cut, disk / "run")
         with monkeypatch.context() as patch:
             held = fill_before_write(disk, patch, site, count)
@@ -84,7 +97,7 @@ def test_full_disk_at_every_file_of_a_run(run, small_disk, monkeypatch, tmp_path
             path = Path(line.split("error: ")[1].split(": could not")[0])
             assert (path.exists() and path.read_bytes()) == held[0]
         for path in (disk / "run").glob("*.pth"):
-            utils.load_checkpoint(path)
+            load_checkpoint(path)
         assert run("train", *arguments(disk / "run", "--resume", epochs=2)).status == 0, "there is room again"
         for name in ("net_latest.pth", "net_epoch1.pth", "net_epoch2.pth", "net_best.pth"):
             assert_same_weights(disk / "run" / name, whole / name)
@@ -92,17 +105,17 @@ def test_full_disk_at_every_file_of_a_run(run, small_disk, monkeypatch, tmp_path
     figure(capsys, f"full disk: {len(SITES)} writes of a run failed, each named, 0 lost, 0 temporary files")
 
 
-def test_full_disk_while_packing_leaves_the_other_run_its_file(run, refused, small_disk, pairs_dir, tmp_path):
+def test_packing_that_finds_no_room_is_refused_and_the_packed_file_stays(run, refused, small_disk, pairs_dir, tmp_path):
     disk = small_disk("1m")
-    first = options(pairs_dir, tmp_path / "run", packed_dir=disk, max_steps=1)
-    assert run("train", *first).status == 0
+    first = tiny(pairs_dir, tmp_path / "run", packed_dir=disk, epochs=1)
+    assert run("train", *first, "--stop_after", 1).status == 0
     before = contents(disk)
-    fill(disk, 5 * PAGE)
     (packed,) = disk.glob("*.h5")
-    refused(
-        "train", *options(pairs_dir, tmp_path / "other", packed_dir=disk, max_steps=1, stride=10), status=1,
-        names=[packed, "No space left"],
-    )
+    fill(disk, 5 * PAGE)
+    os.utime(pairs_dir / "rain-1.png", (0, 0))
+    refused("train", *first, "--resume", names=[f"--packed_dir {disk}", packed.name, " MB are free"])
+    other = tiny(pairs_dir, tmp_path / "other", packed_dir=disk, stride=10)
+    refused("train", *other, names=[f"--packed_dir {disk}", " MB are free"])
     (disk / "filler").unlink()
     assert contents(disk) == before
     assert run("train", *first, "--resume").status == 0
@@ -133,7 +146,7 @@ def test_full_disk_for_the_report(refused, small_disk, checkpoint, pairs_dir, tm
 def test_full_disk_under_an_image_that_works_on_disk(refused, small_disk, checkpoint, tmp_path, monkeypatch):
     """The feature maps are mapped from a file, where a full disk is a SIGBUS if nobody looks first."""
     disk = small_disk("1m")
-    monkeypatch.setattr(inference.tempfile, "tempdir", str(disk))
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
     save(tmp_path / "real/a.png", np.zeros((100, 120, 3), np.uint8))
     refused(
         "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "real", "--output_path", tmp_path / "out",

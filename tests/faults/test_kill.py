@@ -1,5 +1,5 @@
 """kill -9 at any moment of a training run: it resumes, and ends with the weights of a run that was left alone."""
-import functools
+import io
 import os
 import shutil
 import signal
@@ -10,9 +10,11 @@ import h5py
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
+import run_folder
 from conftest import make_pairs
-from test_train import assert_same_run, options
+from test_train import assert_same_run, options, read_state, tiny
 from warm import Fork, figure, run_script
 
 KILLS = 50
@@ -102,47 +104,86 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def set_trap(name, moment, count):
-    """Kill this process at the ``count``-th write of the file ``name``: half written, written, or just named."""
-    seen, write_bytes, write_text, replace = [], Path.write_bytes, Path.write_text, os.replace
+class Trap:
+    """Kills this process at the ``count``-th write of the file ``name``: half written, written, or just renamed."""
 
-    def matches(path):
-        if name in Path(path).name:
-            seen.append(path)
-        return name in Path(path).name and len(seen) == count
+    def __init__(self, name, moment, count):
+        self.name, self.moment, self.count, self.seen = name, moment, count, 0
 
-    def half(write):
+    def set(self):
+        if self.moment == "half":
+            Path.write_bytes, Path.write_text = self.half(Path.write_bytes), self.half(Path.write_text)
+            h5py.Dataset.__setitem__ = self.half_packed(h5py.Dataset.__setitem__)
+            RecordWriter.write = self.half_event(RecordWriter.write)
+            run_folder.open = self.open_log
+        else:
+            os.replace = self.replace(os.replace)
+
+    def hits(self, name):
+        """Whether the write of ``name`` that is about to begin is the one."""
+        self.seen += self.name in str(name)
+        return self.name in str(name) and self.seen == self.count
+
+    def half(self, write):
         def trapped(path, content, *args, **named):
-            if moment == "half" and matches(path):
+            if self.hits(path.name):
                 write(path, content[: len(content) // 2], *args, **named)
                 die()
             return write(path, content, *args, **named)
 
         return trapped
 
-    def trapped_replace(source, target):
-        hit = moment != "half" and matches(target)
-        if hit and moment == "written":
-            die()
-        replace(source, target)
-        if hit:
-            die()
-
-    Path.write_bytes, Path.write_text, os.replace = half(write_bytes), half(write_text), trapped_replace
-    if name == ".h5" and moment == "half":
-        setitem = h5py.Dataset.__setitem__
-
-        def trapped_setitem(data_set, *args):
-            seen.append(data_set)
-            if len(seen) == count:
+    def half_packed(self, setitem):
+        def trapped(data_set, *args):
+            if self.hits(data_set.file.filename):
                 data_set.file.flush()
                 die()
             setitem(data_set, *args)
 
-        h5py.Dataset.__setitem__ = trapped_setitem
+        return trapped
+
+    def half_event(self, write):
+        def trapped(writer, content):
+            if self.hits(writer.path):
+                writer._writer.write(content[: len(content) // 2])
+                writer.flush()
+                die()
+            write(writer, content)
+
+        return trapped
+
+    def open_log(self, path, mode, buffering):
+        """The log's lines are added to the file itself."""
+        trap = self
+
+        class Log(io.FileIO):
+            def write(self, line):
+                if trap.hits(path):
+                    super().write(line[: len(line) // 2])
+                    die()
+                return super().write(line)
+
+        return Log(path, mode)
+
+    def replace(self, replace):
+        def trapped(source, target):
+            hit = self.hits(Path(target).name)
+            if hit and self.moment == "written":
+                die()
+            replace(source, target)
+            if hit:
+                die()
+
+        return trapped
 
 
-SITES = {"train_state": 2, "net_latest": 2, "net_epoch": 1, "net_best": 1, "log.jsonl": 2, "args.json": 1, ".h5": 1}
+MOMENTS = "half", "written", "renamed"
+# The file: at which of its writes, and when. The log and TensorBoard's file are added to, never replaced by a new run.
+SITES = {
+    "train_state": ((1, 2), MOMENTS), "net_latest": ((1, 2), MOMENTS), "net_epoch": ((1,), MOMENTS),
+    "net_best": ((1,), MOMENTS), "args.json": ((1,), MOMENTS), ".h5": ((1,), MOMENTS),
+    "log.jsonl": ((1, 2, 5), ("half",)), "events.out": ((1, 3, 7), ("half",)),
+}
 
 
 @pytest.mark.slow
@@ -150,17 +191,30 @@ def test_killed_within_each_write(folder, capsys):
     whole = Runs(folder, "whole of 3", epochs=3)
     whole.finish()
     kills = 0
-    for site, later in SITES.items():
-        for moment in ("half", "written", "named"):
-            for count in sorted({1, later}):
+    for site, (counts, moments) in SITES.items():
+        for count in counts:
+            for moment in moments:
                 run = Runs(folder, f"{site}-{moment}-{count}", epochs=3)
-                assert run.start(functools.partial(set_trap, site, moment, count)).wait() == -signal.SIGKILL
+                assert run.start(Trap(site, moment, count).set).wait() == -signal.SIGKILL, (site, moment, count)
                 kills += 1
-                if moment != "named":
+                if len(moments) > 1 and moment != "renamed":
                     assert [*run.folder.parent.glob(f"{run.name}*/*.tmp")], "the trap leaves a file half written"
                 run.finish()
                 assert_as_if_never_killed(run, whole)
     figure(capsys, f"kill -9 within writes of {len(SITES)} files: {kills} kills and resumes, 0 lost, bit-identical")
+
+
+@pytest.mark.slow
+def test_killed_within_the_rewriting_of_the_log(folder):
+    """Which a resumed run begins with."""
+    whole = Runs(folder, "whole of 2", epochs=2)
+    whole.finish()
+    for moment in MOMENTS:
+        run = Runs(folder, f"log again-{moment}", epochs=2)
+        assert run.start(Trap("net_epoch1", "renamed", 1).set).wait() == -signal.SIGKILL
+        assert run.start(Trap("log.jsonl", moment, 1).set).wait() == -signal.SIGKILL
+        run.finish()
+        assert_as_if_never_killed(run, whole)
 
 
 @pytest.mark.slow
@@ -169,7 +223,30 @@ def test_killed_between_the_state_and_the_weights_of_the_last_epoch(folder):
     whole = Runs(folder, "whole of 1", epochs=1, save_steps=100)
     whole.finish()
     run = Runs(folder, "last", epochs=1, save_steps=100)
-    assert run.start(functools.partial(set_trap, "train_state", "named", 1)).wait() == -signal.SIGKILL
+    assert run.start(Trap("train_state", "renamed", 1).set).wait() == -signal.SIGKILL
     assert not (run.folder / "net_latest.pth").exists()
     assert "nothing left to do" in run.finish().log.read_text()
     assert_same_run(run.folder, whole.folder)
+
+
+@pytest.mark.parametrize("at", [0, 0.1])
+def test_a_killed_loader_process_ends_the_run_in_a_sentence(run, pairs_dir, tmp_path, at):
+    """As the kernel does it when memory runs out; the run goes on from its last save."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = tiny(pairs_dir, folder, num_workers=2, save_steps=1, epochs=1000)
+    training = Fork(log, run_script, "train", arguments)
+    while not (folder / "train_state.pth").exists():
+        assert training.alive, log.read_text()
+        time.sleep(0.01)
+    time.sleep(at)
+    children = Path(f"/proc/{training.process.pid}/task/{training.process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert training.wait() == 1
+    *_, last = log.read_text().splitlines()
+    assert last.startswith("train.py: error: ") and "loader process was killed" in last and "--num_workers" in last
+    assert "--resume goes on" in last
+    assert log.read_text().count("rror") == 1 and "Traceback" not in log.read_text()
+    more = read_state(folder)["position"]["step"] + 2
+    result = run("train", *tiny(pairs_dir, folder, "--resume", num_workers=2, max_steps=more, epochs=1000))
+    assert result.status == 0 and read_state(folder)["position"]["step"] == more, result

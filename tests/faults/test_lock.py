@@ -7,11 +7,11 @@ import h5py
 import pytest
 
 import utils
+from checkpoints import load_network
 from conftest import contents
-from test_train import assert_same_weights, options
+from DerainDataset import PackedPatches
+from test_train import assert_same_weights, tiny
 from warm import Fork, run_script
-
-TINY = {"patch_size": 11, "stride": 9, "recurrent_iter": 1}
 
 
 def wait_for(condition, fork, seconds=60):
@@ -27,7 +27,7 @@ def endless(pairs_dir, tmp_path):
     forks = []
 
     def start(*extra, **changes):
-        arguments = options(pairs_dir, tmp_path / "run", *extra, **{**TINY, "epochs": 10000, **changes})
+        arguments = tiny(pairs_dir, tmp_path / "run", *extra, **{"epochs": 10000, **changes})
         forks.append(Fork(tmp_path / "log", run_script, "train", arguments))
         wait_for((tmp_path / "run/net_latest.pth").exists, forks[-1])
         return forks[-1]
@@ -44,7 +44,7 @@ def test_second_run_in_a_folder_is_refused(refused, endless, pairs_dir, tmp_path
     os.kill(first.process.pid, signal.SIGSTOP)  # alive, and its files as they are
     before = contents(tmp_path)
     refused(
-        "train", *options(pairs_dir, tmp_path / "run", *resume, **TINY),
+        "train", *tiny(pairs_dir, tmp_path / "run", *resume),
         names=[f"--save_path {tmp_path / 'run'}: in use by process {first.process.pid} on "],
     )
     assert contents(tmp_path) == before
@@ -55,12 +55,12 @@ def test_second_run_in_a_folder_is_refused(refused, endless, pairs_dir, tmp_path
 
 def test_two_new_runs_at_once(pairs_dir, tmp_path):
     """Neither has saved anything yet: the folder alone does not tell them."""
-    arguments = options(pairs_dir, tmp_path / "run", epochs=2, **TINY)
+    arguments = tiny(pairs_dir, tmp_path / "run")
     forks = [Fork(tmp_path / f"log{k}", run_script, "train", arguments) for k in range(3)]
     assert sorted(fork.wait() for fork in forks) == [0, 2, 2]
     logs = [fork.log.read_text() for fork in forks]
     assert sum("in use by" in log or "holds another run" in log for log in logs) == 2
-    utils.load_network(tmp_path / "run")
+    load_network(tmp_path / "run")
 
 
 def test_lock_of_a_dead_process_is_taken_over(run, endless, pairs_dir, tmp_path):
@@ -68,9 +68,8 @@ def test_lock_of_a_dead_process_is_taken_over(run, endless, pairs_dir, tmp_path)
     first = endless(num_workers=2)
     first.kill()
     assert str(first.process.pid) in (tmp_path / "run/.lock").read_text()
-    steps = len(list((tmp_path / "run").glob("net_epoch*.pth"))) + 2
-    arguments = options(pairs_dir, tmp_path / "run", "--resume", **{**TINY, "epochs": steps})
-    result = run("train", *arguments)
+    epochs = len(list((tmp_path / "run").glob("net_epoch*.pth"))) + 2
+    result = run("train", *tiny(pairs_dir, tmp_path / "run", "--resume", epochs=epochs))
     assert result.status == 0, result
     assert not (tmp_path / "run/.lock").exists()
 
@@ -80,7 +79,7 @@ def test_leftovers_are_removed_and_other_files_are_not(run, pairs_dir, tmp_path)
     left = tmp_path / "run" / utils.temporary_name("train_state.pth", 12345)
     left.write_bytes(b"half")
     (tmp_path / "run/notes.tmp").write_text("mine")
-    assert run("train", *options(pairs_dir, tmp_path / "run", max_steps=1, **TINY)).status == 0
+    assert run("train", *tiny(pairs_dir, tmp_path / "run", max_steps=1)).status == 0
     assert not left.exists() and (tmp_path / "run/notes.tmp").exists()
 
 
@@ -88,7 +87,7 @@ def slow_packing():
     setitem = h5py.Dataset.__setitem__
 
     def slow(*args):
-        time.sleep(1)
+        time.sleep(0.4)
         setitem(*args)
 
     h5py.Dataset.__setitem__ = slow
@@ -96,7 +95,7 @@ def slow_packing():
 
 @pytest.mark.parametrize("fate", ["done", "killed"])
 def test_second_run_waits_for_the_packing_of_the_first(pairs_dir, tmp_path, fate):
-    arguments = {name: options(pairs_dir, tmp_path / name, epochs=1, **TINY) for name in ("first", "second")}
+    arguments = {name: tiny(pairs_dir, tmp_path / name, epochs=1) for name in ("first", "second")}
     first = Fork(tmp_path / "log1", run_script, "train", arguments["first"], slow_packing)
     wait_for(lambda: [*tmp_path.glob("packed/*.tmp")], first)
     second = Fork(tmp_path / "log2", run_script, "train", arguments["second"])
@@ -116,12 +115,10 @@ def test_second_run_waits_for_the_packing_of_the_first(pairs_dir, tmp_path, fate
 
 
 def test_file_packed_anew_under_a_run_is_noticed(pairs_dir, tmp_path, run):
-    from DerainDataset import PackedPatches
-
-    assert run("train", *options(pairs_dir, tmp_path / "run", max_steps=1, **TINY)).status == 0
+    assert run("train", *tiny(pairs_dir, tmp_path / "run", max_steps=1)).status == 0
     (path,) = tmp_path.glob("packed/*.h5")
     patches = PackedPatches(path)
-    changed = {**TINY, "patch_size": 12}
-    assert run("train", *options(pairs_dir, tmp_path / "other", max_steps=1, **changed)).status == 0
+    os.utime(pairs_dir / "rain-1.png", (0, 0))
+    assert run("train", *tiny(pairs_dir, tmp_path / "other", max_steps=1)).status == 0
     with pytest.raises(utils.InputError, match="packed anew by another run"):
         patches[0]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import utils
-from conftest import ROOT, make_pairs, photo, save
-from inference import StripRunner
+from checkpoints import BUNDLED, load_checkpoint, load_network, load_weights
+from conftest import make_pairs, photo, save
+from inference import StripRunner, to_image, to_tensor
 from test_train import assert_same_weights, options, records
 from warm import Fork, figure, run_script
 
@@ -20,40 +20,45 @@ IMAGES = {
     "black and white noise": 255 * np.random.default_rng(1).integers(0, 2, (40, 50, 3), np.uint8),
     "one pixel": np.full((1, 1, 3), 200, np.uint8), "one row": photo(1, 1, 60), "photograph": photo(2, 40, 50),
 }
-# Largest and mean difference to fp32 on any of these images, in [0, 1].
+NOISE = ("noise", "black and white noise")
+# Largest and mean difference to fp32 over the pixels of an image, in [0, 1]: on constant images and photographs.
+# Measured on a CPU without bfloat16 units: 0.0024 and 0.0006 in bf16, 0.0002 and 0.00003 in fp16.
 BOUNDS = {torch.bfloat16: (0.01, 0.001), torch.float16: (0.001, 0.0001)}
+# On noise, which the networks take for rain, single pixels go much further, and how far depends on the CPU. Measured
+# there: general.pth 0.0128 and 0.0007 in bf16 (0.015 on a CPU with bfloat16 units), 0.0009 and 0.00005 in fp16;
+# light.pth 0.152 and 0.0034 in bf16, 0.0044 and 0.00024 in fp16.
+NOISE_BOUNDS = {
+    "general": {torch.bfloat16: (0.03, 0.002), torch.float16: (0.003, 0.0002)},
+    "light": {torch.bfloat16: (0.4, 0.01), torch.float16: (0.02, 0.001)},
+}
 
 
-@pytest.mark.parametrize("weights", ["Model11/seventh", "Model11"])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", NOISE_BOUNDS)
 def test_extreme_images_and_precisions(capsys, weights):
-    """With the bundled weights, and those before them, which keep the bounds on CPUs with bfloat16 units."""
-    net = utils.load_network(ROOT / "logs/SAPNet" / weights)
+    net = load_network(BUNDLED / f"{weights}.pth")
     runners = {dtype: StripRunner(net, dtype) for dtype in (torch.float32, *BOUNDS)}
-    worst = {dtype: (0.0, 0.0) for dtype in BOUNDS}
-    beyond = {}
+    worst = {}
     for name, image in IMAGES.items():
-        outputs = {dtype: runner(utils.to_tensor(image)) for dtype, runner in runners.items()}
+        kind = "noise" if name in NOISE else "other images"
+        outputs = {dtype: runner(to_tensor(image)) for dtype, runner in runners.items()}
         for dtype, output in outputs.items():
             assert output.isfinite().all(), (name, dtype)
             clamped = output.clamp(0, 1)
-            assert np.array_equal(utils.to_image(output), np.rint(255 * clamped[0].permute(1, 2, 0).numpy())), name
-            if dtype in BOUNDS:
-                error = (clamped - outputs[torch.float32].clamp(0, 1)).abs()
-                largest, mean = error.max().item(), error.mean().item()
-                worst[dtype] = tuple(map(max, zip(worst[dtype], (largest, mean))))
-                if largest > BOUNDS[dtype][0]:
-                    beyond[dtype, name] = largest
-    for dtype, (largest, mean) in worst.items():
-        figure(capsys, f"{weights}, {dtype} against float32: at most {largest:.4f}, mean {mean:.5f}")
-        assert mean <= BOUNDS[dtype][1]
-    if weights == "Model11" and beyond and beyond.keys() == {(torch.bfloat16, "noise")}:
-        pytest.xfail(f"on noise, single pixels go further on some CPUs: {beyond}")
-    assert not beyond
+            assert np.array_equal(to_image(output), np.rint(255 * clamped[0].permute(1, 2, 0).numpy())), name
+            error = (clamped - outputs[torch.float32].clamp(0, 1)).abs()
+            found = error.max().item(), error.mean().item()
+            worst[kind, dtype] = tuple(map(max, found, worst.get((kind, dtype), (0, 0))))
+    for kind, bounds in ("other images", BOUNDS), ("noise", NOISE_BOUNDS[weights]):
+        for dtype in bounds:
+            largest, mean = worst[kind, dtype]
+            figure(capsys, f"{weights}, {kind}, {dtype} against float32: at most {largest:.4f}, mean {mean:.5f}")
+            assert largest <= bounds[dtype][0] and mean <= bounds[dtype][1]
 
 
 def assert_finite_state(folder):
-    state = utils.load_checkpoint(folder / "train_state.pth")
-    for tensor in (*state["net"].values(), *utils.load_weights(folder / "net_latest.pth").values()):
+    state = load_checkpoint(folder / "train_state.pth")
+    for tensor in (*state["net"].values(), *load_weights(folder / "net_latest.pth").values()):
         assert tensor.isfinite().all()
 
 
@@ -102,7 +107,7 @@ def test_infinite_learning_rate_stops_the_run(refused, run, pairs_dir, tmp_path)
     kept = (tmp_path / "run/train_state.pth").read_bytes()
     refused(
         "train", *options(pairs_dir, tmp_path / "run", "--resume", **changes, lr=1e30), status=1,
-        names=["is nan on the batch of", "the last checkpoint is kept"],
+        names=["is not finite on the batch of", "the last checkpoint is kept"],
     )
     assert (tmp_path / "run/train_state.pth").read_bytes() == kept
     assert_finite_state(tmp_path / "run")

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-import utils
-from conftest import contents, photo, save, with_rain
+from conftest import contents, photo, run_subprocess, save, with_rain
+from images import read_rgb
 from test_train import options
 
 STEMS = (
@@ -43,7 +43,7 @@ def test_hard_names_are_derained_and_stay_inside(run, checkpoint, tmp_path, recu
     assert len(written) == len(paths) + 1 and "out/metrics.csv" in written
     for stem, path in paths.items():
         target = tmp_path / "out" / path.relative_to(folder)
-        assert utils.read_rgb(target).shape == (12, 12, 3), stem
+        assert read_rgb(target).shape == (12, 12, 3), stem
     assert not any(letter in result.out for letter in "\x1b\r\t")
     with open(tmp_path / "out/metrics.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(paths) + 1
@@ -96,9 +96,8 @@ def test_linked_image_is_written_inside(run, checkpoint, tmp_path):
     assert not (tmp_path / "outside/other.png").exists(), "the link is replaced, not followed"
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text_reach_a_console_that_is_strict(tmp_path, checkpoint):
-    from conftest import run_subprocess
-
     path = save(tmp_path / "in/a.png", photo(1, 12, 12))
     path.rename(path.with_name("\udcff\U0001f327.png"))
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}

@@ -38,9 +38,14 @@ class Fork:
         return self.process.exitcode
 
     def memory(self):
-        """Resident bytes, of which files that are mapped do not count."""
+        """Resident bytes of what the process has allocated: its private and its shared memory.
+
+        Both, because where tensors lie depends on who made them: PyTorch's allocator and a private mapping take
+        private memory, which Linux calls anonymous; a shared mapping and what loader processes hand over is shared.
+        Mapped files (libraries, packed patches) do not count: the system drops their pages when it needs the room.
+        """
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+        return sum(1024 * int(status.split(f"{name}:")[1].split()[0]) for name in ("RssAnon", "RssShmem"))
 
 
 def figure(capsys, text):

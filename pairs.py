@@ -1,0 +1,369 @@
+"""Find rainy/clean pairs in the field's folder layouts, and tell which pairs show the same background.
+
+    python pairs.py --check datasets/test/RainSample datasets/test/RainSample
+
+lists the pairs of the first folder, a training set say, whose clean image is, or nearly is, one of the second.
+"""
+import argparse
+import os
+import re
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from images import find_images, image_size, list_images, read_image, read_rgb, to_uint8
+from utils import InputError, natural_key, printable, progress, run_script
+
+# Layouts: any rainy folder below goes with any clean folder, in any case of their names; "." is the data set's own.
+RAINY_FOLDERS = ("rainy", ".", "rainy_image", "input", "rain", "rain/x2", "lq", "data", "in")
+CLEAN_FOLDERS = (".", "ground_truth", "target", "norain", "gt", "groundtruth", "clean", "no_rain")
+
+
+class Names(NamedTuple):
+    """How the stems of a rainy and of its clean image are written: the group is what both have in common."""
+
+    rainy: str  # regular expression with one group
+    clean: str
+    one_folder: bool  # whether the names alone tell rainy from clean, so that both may lie in one folder
+
+
+NAMES = (
+    Names(r"rain[-_]?(\d+)", r"no_?rain[-_]?(\d+)", True),  # RainTrainH, RainTrainL, Rain100H, Rain100L, Rain800
+    Names(r"(.+)", r"(.+)", False),  # equal names: Rain13K and its test sets, Rain200 as often repacked
+    Names(r"(.+)_\d+", r"(.+)", False),  # several rainy versions of an image: Rain12600, Rain1400
+    Names(r"norain-(\d+)x2", r"norain-(\d+)", False),  # Rain200H, Rain200L as distributed
+    Names(r"(.+)", r"(.+?)[-_]?gt", False),  # SPA
+    Names(r"(.+)_in", r"(.+)_gt", True),  # Rain12
+    Names(r"(.+)_rain", r"(.+)_clean", True),  # RainDrop
+    Names(r"(.+)_s\d+_a\d+", r"(.+)", False),  # Outdoor-Rain
+)
+
+SAME_BACKGROUND = 0.95  # correlation of thumbnails; see ``Backgrounds``
+
+
+# Pairs
+
+
+class Pair(NamedTuple):
+    """A rainy image and its clean one, which is None where there is no ground truth."""
+
+    rainy: Path
+    clean: Path | None
+    rainy_half: str | None = None  # "left" or "right": both are halves of one picture, and this one is the rainy
+
+
+def take_half(picture, half, path):
+    """The "left" or "right" half of an (H, W, C) picture; ``path`` is what the error about an odd width names."""
+    width = picture.shape[1]
+    if width % 2:
+        raise InputError(f"{path} is {width} px wide; expected an even width, as it holds two images side by side")
+    return picture[:, : width // 2] if half == "left" else picture[:, width // 2 :]
+
+
+def read_rainy(pair):
+    """The rainy image of a pair as ``images.read_image`` returns it: 8 or 16 bits, with or without alpha."""
+    image = read_image(pair.rainy)
+    return take_half(image, pair.rainy_half, pair.rainy) if pair.rainy_half else image
+
+
+def read_clean(pair):
+    """The clean image of a pair, (H, W, 3) uint8 RGB."""
+    image = read_rgb(pair.clean)
+    clean_half = {"left": "right", "right": "left"}
+    return take_half(image, clean_half[pair.rainy_half], pair.clean) if pair.rainy_half else image
+
+
+def read_pair(pair):
+    """Both images of a pair, each (H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: an image cannot be read, or the two have different sizes.
+    """
+    rainy, clean = to_uint8(read_rainy(pair)[..., :3]), read_clean(pair)
+    check_sizes(pair, rainy.shape, clean.shape)
+    return rainy, clean
+
+
+def pair_size(pair):
+    """(height, width) of both images of a pair, from their headers alone; errors as for ``read_pair``."""
+    height, width = size = image_size(pair.rainy)
+    if pair.rainy_half:
+        take_half(np.empty((1, width, 0)), pair.rainy_half, pair.rainy)
+        return height, width // 2
+    if pair.clean != pair.rainy:
+        check_sizes(pair, size, image_size(pair.clean))
+    return size
+
+
+def check_sizes(pair, size, clean_size):
+    """Refuse a pair of two sizes, (height, width, ...) each."""
+    if size[:2] != clean_size[:2]:
+        raise InputError(
+            f"{pair.rainy} is {size[1]}x{size[0]} but its clean image {pair.clean.name} is"
+            f" {clean_size[1]}x{clean_size[0]}; expected equal sizes"
+        )
+
+
+# Finding pairs
+
+
+class Found(NamedTuple):
+    """What ``find_pairs`` found in a folder, each list in natural order."""
+
+    pairs: list  # of ``Pair``, all with a clean image
+    alone: list  # paths of rainy images without a clean one
+    unused: list  # paths of the other images: clean ones without a rainy one, and names that fit no layout
+
+
+def without_padding(text):
+    """The text with its numbers as they are without leading zeros, so that rain-1 goes with norain-001."""
+    return re.sub(r"\d+", lambda match: str(int(match[0])), text)
+
+
+def match_names(rainy_paths, clean_paths, names):
+    """Match the images of a rainy and of a clean folder, which may be the same, by one row of ``NAMES``.
+
+    Returns:
+        (``Found``, two paths of one stem, so that it is not clear which belongs to the pair, or None).
+    """
+    exact, unpadded = defaultdict(list), defaultdict(list)
+    for path in clean_paths:
+        match = re.fullmatch(names.clean, path.stem, re.DOTALL | re.IGNORECASE)
+        if match:
+            exact[match[1]].append(path)
+            unpadded[without_padding(match[1])].append(path)
+    pairs, alone, stems, used = [], [], defaultdict(list), set()
+    for path in rainy_paths:
+        match = re.fullmatch(names.rainy, path.stem, re.DOTALL | re.IGNORECASE)
+        if match is None:
+            continue
+        partners = exact.get(match[1]) or unpadded.get(without_padding(match[1]), ())
+        stems[path.stem].append(path)
+        used.update((path, *partners))
+        if partners:
+            pairs.append((path, partners))
+        else:
+            alone.append(path)
+    twins = next((paths for paths in (*stems.values(), *(both for _, both in pairs)) if len(paths) > 1), None)
+    unused = sorted({*rainy_paths, *clean_paths} - used, key=natural_key)
+    return Found([Pair(path, partners[0]) for path, partners in pairs], alone, unused), twins
+
+
+def subfolders(folder, names):
+    """{name: folder} of those ``names`` (in lower case, "." for ``folder`` itself) that ``folder`` has, in any case."""
+    there = {}
+    for name in names:
+        places = [folder]
+        for part in name.split("/") if name != "." else ():
+            places = [child for place in places for child in sorted(place.iterdir())
+                      if child.name.lower() == part and child.is_dir()]
+        if places:
+            there[name] = places[0]
+    return there
+
+
+def candidate_folders(folder):
+    """Yield (rainy folder, clean folder) where the data set ``folder`` may keep its images.
+
+    ``folder`` may also be the data set's folder of rainy images, such as Rain100H/rainy.
+    """
+    roots, place = {folder: RAINY_FOLDERS}, folder.resolve()
+    for name in RAINY_FOLDERS:
+        parts = name.split("/")
+        for depth in range(1, len(parts) + 1):
+            if [part.lower() for part in place.parts[-depth:]] == parts[:depth]:
+                roots.setdefault(place.parents[depth - 1], []).append(name)
+    for root, rainy_folders in roots.items():
+        clean_folders = subfolders(root, CLEAN_FOLDERS).values()
+        for rainy in subfolders(root, rainy_folders).values():
+            yield from ((rainy, clean) for clean in clean_folders)
+
+
+def best_match(candidates):
+    """The ``Found`` with the most pairs over all (rainy folder, clean folder) and ``NAMES``; None where none has any.
+
+    Raises:
+        InputError: it has two files of one stem.
+    """
+    best, best_twins, images = None, None, {}
+    for folders in candidates:
+        rainy, clean = (images.setdefault(folder, list_images(folder)) for folder in folders)
+        for names in NAMES:
+            if folders[0] == folders[1] and not names.one_folder:
+                continue
+            found, twins = match_names(rainy, clean, names)
+            if len(found.pairs) > (len(best.pairs) if best else 0):
+                best, best_twins = found, twins
+    if best_twins:
+        raise InputError(f"{best_twins[0]} and {best_twins[1].name} have one name; expected one file for each image")
+    return best
+
+
+def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None, required=True):
+    """Find the image pairs of a data set from its folder (``RAINY_FOLDERS``, ``CLEAN_FOLDERS``, ``NAMES``).
+
+    Args:
+        folder: the data set's folder, or the folder of its rainy images.
+        option: the option that the folder comes from, which an error names.
+        clean_folder: where the clean images are, if no layout finds them; ``folder`` then has the rainy ones.
+        rainy_half: "left" or "right": where no layout fits, each image holds the rainy and the clean one side by side.
+        required: whether there must be pairs. If not, a folder without any is real rain: all of it is ``alone``.
+
+    Raises:
+        InputError: no such folder; nothing to use in it; two files of one stem.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{option} {folder}: no such folder; expected a folder of rainy and clean images")
+    if clean_folder is not None:
+        if not Path(clean_folder).is_dir():
+            raise InputError(f"--clean_path {clean_folder}: no such folder; expected the clean images of {folder}")
+        found = best_match([(folder, Path(clean_folder))])
+        if found is None:
+            raise InputError(f"--clean_path {clean_folder}: no image goes by its name with one in {folder}")
+        return found
+    found, paths = best_match(candidate_folders(folder)), list_images(folder)
+    if found:
+        # Images of the folder itself, where those of the set lie in folders below.
+        known = [path for pair in found.pairs for path in (pair.rainy, pair.clean)] + found.alone + found.unused
+        known = {os.path.realpath(path) for path in known}
+        strays = [path for path in paths if os.path.realpath(path) not in known]
+        return found._replace(unused=sorted([*found.unused, *strays], key=natural_key))
+    if required or not paths:  # a folder of photographs may well have a data set below it
+        refuse_parent_of_sets(folder, option)
+    if rainy_half and paths:
+        return Found([Pair(path, path, rainy_half) for path in paths], [], [])
+    beside = clean_images_beside(folder)
+    if required:
+        has_clean_path = option in ("--data_path", "--test_data_path")
+        hints = [f"--clean_path {beside} if the clean images are those"] if beside and has_clean_path else []
+        hints += ["--rain_synth for clean photographs alone"] if option == "--data_path" else []
+        raise InputError(
+            f"{option} {folder}: no rainy/clean pairs; expected for example rain-1.png beside norain-1.png, or input/"
+            " and target/ with equal names" + "".join(f"; or {hint}" for hint in hints)
+        )
+    if beside:
+        print(printable(f"{folder}: no clean images by their names; --clean_path {beside} takes those there for them"))
+    return Found([], find_images(folder, option), [])
+
+
+def refuse_parent_of_sets(folder, option):
+    """Refuse a folder that holds data sets and is none itself, naming them."""
+    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
+    sets = [child.name for child in children if best_match(candidate_folders(child))]
+    if sets:
+        raise InputError(f"{option} {folder}: holds several data sets; expected one of them: {', '.join(sets)}")
+
+
+def clean_images_beside(folder):
+    """A folder with images in or beside ``folder`` whose name is one of ``CLEAN_FOLDERS``; None where there is none."""
+    for root in (folder, folder.resolve().parent):
+        for name, place in subfolders(root, CLEAN_FOLDERS).items():
+            if name != "." and place.resolve() != folder.resolve() and list_images(place):
+                return place
+    return None
+
+
+def report_left_out(folder, paths, reason="no pair by their names"):
+    """Name the images of ``folder`` that are not used."""
+    if paths:
+        names = ", ".join(printable(os.path.relpath(path, folder)) for path in paths)
+        print(f"{printable(folder)}: left out {len(paths)} ({reason}): {names}", flush=True)
+
+
+# Backgrounds
+
+
+class Backgrounds:
+    """Which clean images show the same photograph, also if mirrored, recompressed, resized or cut by a few pixels.
+
+    Two images count as the same where their thumbnails of 16x16 px correlate by ``SAME_BACKGROUND`` or more. Between
+    different photographs of BSD the correlation reached 0.90; recompression, resizing or a cut of 5 px left 0.98.
+    Each image is read once in the life of the object.
+    """
+
+    def __init__(self):
+        self.thumbnails = {}
+
+    def describe(self, pairs):
+        """(len(pairs), 256) float32: the thumbnails of the pairs' clean images, of mean 0 and length 1."""
+        unread = list({pair[1:]: pair for pair in pairs if pair[1:] not in self.thumbnails}.values())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = progress(pool.map(thumbnail, unread), "comparing backgrounds", len(unread)) if unread else ()
+            self.thumbnails.update(zip((pair[1:] for pair in unread), results))
+        return np.stack([self.thumbnails[pair[1:]] for pair in pairs]) if pairs else np.empty((0, 256), np.float32)
+
+    def partners(self, pairs, others):
+        """For each of ``pairs`` the one of ``others`` with the same background, or None."""
+        if not pairs or not others:
+            return [None] * len(pairs)
+        vectors, reference = self.describe(pairs), self.describe(others)
+        mirrored = reference.reshape(-1, 16, 16)[:, :, ::-1].reshape(-1, 256)
+        similarity = np.maximum(vectors @ reference.T, vectors @ mirrored.T)
+        return [others[row.argmax()] if row.max() >= SAME_BACKGROUND else None for row in similarity]
+
+
+def thumbnail(pair):
+    """(256,) zero-mean, unit-length description of a pair's clean image."""
+    grey = cv2.cvtColor(read_clean(pair), cv2.COLOR_RGB2GRAY).astype(np.float32)
+    small = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA)
+    small -= small.mean()
+    return small.ravel() / max(np.linalg.norm(small), 1e-6)
+
+
+def hold_out(pairs, count, backgrounds=None):
+    """Choose ``count`` pairs with different backgrounds to validate on, evenly spaced and the same each time.
+
+    Where a clean image has several rainy versions, the chosen pairs take turns in which one they have. The other
+    pairs with these backgrounds must not be trained on: ``Backgrounds.partners`` finds them.
+
+    Args:
+        pairs: of a data set, all with a clean image.
+        count: how many.
+        backgrounds: ``Backgrounds`` that may have read the images already.
+
+    Returns:
+        A list of ``count`` pairs, or fewer where the set has fewer backgrounds.
+    """
+    backgrounds = backgrounds or Backgrounds()
+    versions = defaultdict(list)
+    for pair in pairs:
+        versions[pair[1:]].append(pair)
+    images = list(versions.values())
+    chosen = []
+    for k in range(min(count, len(images))):
+        start = k * len(images) // count
+        for turn in range(len(images)):
+            candidate = images[(start + turn) % len(images)]
+            if backgrounds.partners(candidate[:1], chosen) == [None]:
+                chosen.append(candidate[k % len(candidate)])
+                break
+    return chosen
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", nargs=2, type=Path, required=True, metavar=("TRAIN_DIR", "TEST_DIR"),
+        help="list the training pairs whose clean image is (nearly) a test background",
+    )
+    return parser.parse_args(argv)
+
+
+def main():
+    train_folder, test_folder = parse_args().check
+    pairs, test_pairs = (find_pairs(folder, "--check").pairs for folder in (train_folder, test_folder))
+    partners = Backgrounds().partners(pairs, test_pairs)
+    for pair, partner in zip(pairs, partners):
+        if partner:
+            print(f"{pair.rainy.name}: {pair.clean.name} is {partner.clean.name} of {test_folder}")
+    leaks = sum(partner is not None for partner in partners)
+    print(f"{leaks} of {len(pairs)} pairs show a background of {test_folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,320 @@
+"""What a training run leaves under its --save_path: lock, arguments, log, state.
+
+    python -c "from run_folder import Position; print(Position())"
+
+The state is the contract of --resume: it says how far the run has come and on which data, so that a run can go on with
+another batch size or number of processes, and not with other data.
+"""
+import errno
+import json
+import os
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
+
+from checkpoints import load_checkpoint, read_options, save_checkpoint
+from muon import Muon
+from utils import InputError, RunError, locked, remove_leftovers, write_text
+
+STATE_FILE, WEIGHTS_FILE, LOG_FILE = "train_state.pth", "net_latest.pth", "log.jsonl"
+OPTIMIZER_STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"exp_avg"}}
+
+
+# The folder
+
+
+@contextmanager
+def hold_run(folder, resume):
+    """Keep a run's folder to this process, and refuse what would harm the run that may be there.
+
+    Raises:
+        InputError: another process has it, there is a run that could be resumed, or none that can.
+    """
+    if resume and not folder.is_dir():
+        raise InputError(f"--resume: no folder {folder}; expected that of a stopped run")
+    with locked(folder / ".lock", f"--save_path {folder}"):
+        remove_leftovers(folder)
+        found = (folder / STATE_FILE).exists()
+        if found and not resume:
+            raise InputError(
+                f"--save_path {folder}: holds another run; give --resume to continue it, or another folder"
+            )
+        if resume and not found:
+            if (folder / WEIGHTS_FILE).exists():  # never without the state in a run's own folder
+                raise InputError(f"--resume: {folder} has weights but no {STATE_FILE}; expected a stopped run's folder")
+            print(f"{folder}: nothing was saved there yet; starting from the beginning")
+        yield
+
+
+def write_arguments(args):
+    """Write the resolved arguments beside the run, and say which of them a resumed run changes."""
+    path = args.save_path / "args.json"
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if args.resume and path.exists():
+        before = read_options(args.save_path)
+        changed = [
+            f"--{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value
+        ]
+        print(f"resuming {args.save_path}", *changed, sep=", ")
+    write_text(path, json.dumps(options, indent=2) + "\n")
+
+
+# The log
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dictionaries, up to one that a killed run may have left unfinished."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
+    return records
+
+
+class RunLog:
+    """log.jsonl and the records for TensorBoard of a run.
+
+    Both are written at once and by this thread: TensorBoardX's ``SummaryWriter`` has one of its own, which a full disk
+    ends, and the run would wait for it forever.
+
+    Args:
+        folder: the run's.
+        position: where the run begins or goes on; what earlier starts wrote beyond it is dropped.
+        enabled: False writes nothing, in all processes of a run but the first.
+    """
+
+    def __init__(self, folder, position, enabled=True):
+        self.path, self.enabled = folder / LOG_FILE, enabled
+        self.start_interval(position)
+        if not enabled:
+            return
+        if self.path.exists():
+            kept = [
+                json.dumps(record) + "\n" for record in read_log(self.path)
+                if record["step"] <= position.step and record.get("epoch", 0) <= position.epoch
+            ]
+            write_text(self.path, "".join(kept))
+        # A file for each start: that of a killed run may end within a record.
+        self.events_path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        with self.writing(self.events_path):
+            self.events = RecordWriter(str(self.events_path))
+        self.write_event(step=position.step + 1, file_version="brain.Event:2")
+        self.write_event(step=position.step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    @contextmanager
+    def writing(self, path):
+        """Name the file that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{path}: could not be written ({error.strerror})") from None
+
+    def write_event(self, **content):
+        if not self.enabled:
+            return
+        with self.writing(self.events_path):
+            self.events.write(Event(wall_time=time.time(), **content).SerializeToString())
+            self.events.flush()
+
+    def write(self, record):
+        """Add a line to log.jsonl, whole or not at all."""
+        if not self.enabled:
+            return
+        with self.writing(self.path), open(self.path, "ab", buffering=0) as file:
+            line, size = json.dumps(record).encode() + b"\n", file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def add_scalars(self, group, values, step):
+        """Add {name: value} to TensorBoard's ``group``."""
+        parts = [summary.scalar(f"{group}/{name}", value).value[0] for name, value in values.items()]
+        self.write_event(step=step, summary=Summary(value=parts))
+
+    def add_images(self, batches, step):
+        """Add the first image of each of {name: (N, 3, H, W) tensor} to TensorBoard."""
+        for name, images in batches.items():
+            self.write_event(step=step, summary=summary.image(name, images[0].clamp(0, 1).float().cpu().numpy()))
+
+    def start_interval(self, position):
+        """Begin to measure the speed, at ``position``."""
+        self.begun = self.idle_since = time.monotonic()
+        self.waited, self.seen = 0.0, position.seen
+
+    def batch_arrived(self):
+        """Note the end of the wait for a batch, which began with the end of the step before."""
+        self.waited += time.monotonic() - self.idle_since
+
+    def step_ended(self):
+        """Note the beginning of the wait for the next batch."""
+        self.idle_since = time.monotonic()
+
+    def write_step(self, position, values):
+        """Log the terms of a step, and the speed since the last time.
+
+        Args:
+            position: after the step.
+            values: {name: number}, with "loss" and "psnr".
+
+        Returns:
+            The values in short, for the console.
+        """
+        seconds = time.monotonic() - self.begun
+        speed, waiting = (position.seen - self.seen) / seconds, self.waited / seconds
+        self.add_scalars("train", values, position.step)
+        figures = {"patches_per_second": round(speed, 1), "waiting": round(waiting, 3)}
+        self.write({"step": position.step, **values, **figures})
+        self.start_interval(position)
+        return (
+            f"loss {values['loss']:.4f}, PSNR {values['psnr']:.2f} dB, {speed:.1f} patches/s,"
+            f" {waiting:.0%} of the time waiting for data"
+        )
+
+
+# The state
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    epoch: int = 0  # epochs completed
+    sample: int = 0  # patches of the epoch that is under way that have been seen, by all processes together
+    step: int = 0  # optimizer steps in all
+    seen: int = 0  # patches in all
+    batches: int = 0  # batches that ``totals`` are sums over
+    best_psnr_y: float = float("-inf")  # of the validations so far
+    totals: dict = field(default_factory=dict)  # sums over the epoch's batches, by the name of the loss term
+
+    def advance(self, patches):
+        """Count a step on so many patches."""
+        self.step, self.batches = self.step + 1, self.batches + 1
+        self.sample, self.seen = self.sample + patches, self.seen + patches
+
+    def next_epoch(self):
+        """Begin the next epoch."""
+        self.epoch, self.sample, self.batches, self.totals = self.epoch + 1, 0, 0, {}
+
+
+def changed_data(before, now):
+    """What of the data has changed, as part of a sentence; None where nothing has.
+
+    Args:
+        before, now: {"seed", "sources", "validation"}: the seed of the shuffling, a summary of each folder of
+            training patches, and one of the validation pairs.
+    """
+    if before["seed"] != now["seed"]:
+        return f"--seed {before['seed']} then, {now['seed']} now"
+    if len(before["sources"]) != len(now["sources"]):
+        return f"--data_path with {len(before['sources'])} folders then, {len(now['sources'])} now"
+    for old, new in zip(before["sources"], now["sources"]):
+        folder = new["folder"]
+        for name, words in (("size", "patches of {} px"), ("images", "{} images"), ("patches", "{} patches"),
+                            ("count", "counted {} times")):
+            if old.get(name) != new.get(name):
+                return f"{folder}: {words.format(old.get(name))} then, {words.format(new.get(name))} now"
+        if old["content"] != new["content"]:
+            return f"{folder}: other images than then"
+    if before["validation"] != now["validation"]:
+        old, new = before["validation"], now["validation"]
+        return f"{old['pairs']} validation pairs then, {new['pairs']}{' others' * (old['pairs'] == new['pairs'])} now"
+    return None
+
+
+@dataclass
+class RunState:
+    """The parts of a run that a stop and a resumption must not change."""
+
+    net: torch.nn.Module
+    averaged: torch.nn.Module  # ``net`` itself without --ema
+    optimizers: list
+    data: dict  # ``changed_data`` says what is in it
+    horizon: dict  # {"batch_size", "processes", "epochs", "max_steps"}: what the position and the schedule refer to
+
+    def save(self, folder, position):
+        """Write the state and then the weights, which a resumed run begins by writing again."""
+        totals = {name: float(value) for name, value in position.totals.items()}
+        state = {
+            "net": self.net.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "position": {**asdict(position), "totals": totals},
+            "random": torch.get_rng_state(),
+            "data": self.data,
+            "horizon": self.horizon,
+        }
+        save_checkpoint(folder / STATE_FILE, state)
+        save_checkpoint(folder / WEIGHTS_FILE, self.averaged.state_dict())
+
+    def load(self, folder):
+        """Restore what ``save`` wrote.
+
+        Returns:
+            The ``Position``.
+
+        Raises:
+            InputError: a damaged file, the state of another network or optimizer, or of a run on other data.
+        """
+        path = folder / STATE_FILE
+        state = load_checkpoint(path)
+        if isinstance(state, dict) and "net" in state and "data" not in state:
+            raise InputError(
+                f"{path}: of an earlier version of train.py; --init_weights {folder / WEIGHTS_FILE} and another"
+                " --save_path start from its weights"
+            )
+        try:
+            change = changed_data(state["data"], self.data)
+            if change is None:
+                position, horizon = self.restore(state), {name: state["horizon"][name] for name in self.horizon}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"{path}: not the state of a run with these network options and --optimizer; expected the run's own"
+            ) from None
+        if change:
+            raise InputError(
+                f"--resume {folder}: the data have changed since the run stopped ({change}); expected the same, or"
+                f" another --save_path with --init_weights {folder / WEIGHTS_FILE}"
+            )
+        tensors = [*self.net.parameters(), *self.averaged.parameters()]
+        tensors += [value for optimizer in self.optimizers for values in optimizer.state.values()
+                    for value in values.values()]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise InputError(f"{path}: NaN or infinite weights; expected the state of a run that can go on")
+        changes = [
+            f"{name} {horizon[name]} -> {value}" for name, value in self.horizon.items() if horizon[name] != value
+        ]
+        print(f"going on after step {position.step}, {position.seen} patches", *changes, sep=", ")
+        return position
+
+    def restore(self, state):
+        """Load all parts, whose types and shapes must fit; any of a dozen exceptions says that they do not."""
+        self.averaged.load_state_dict(state["averaged"])
+        self.net.load_state_dict(state["net"])  # the same object without --ema
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]  # these follow from the options
+            optimizer.load_state_dict({"state": saved, "param_groups": groups})
+            for parameter, values in optimizer.state.items():
+                shapes = {tensor.shape for name, tensor in values.items() if name != "step"}
+                if values.keys() != OPTIMIZER_STATE[type(optimizer)] or shapes != {parameter.shape}:
+                    raise ValueError
+        torch.set_rng_state(state["random"])
+        position, fresh = Position(**state["position"]), Position()
+        if any(type(value) is not type(getattr(fresh, name)) for name, value in vars(position).items()):
+            raise ValueError
+        return position

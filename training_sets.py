@@ -1,0 +1,156 @@
+"""What a run is trained and validated on: its folders of pairs, with nothing that is held out among them.
+
+    python train.py --data_path datasets/test/RainSample --val_pairs 2 --save_path logs/HeldOut --max_steps 20 \
+--use_contrast False --use_lpips False --use_seg_stage1 False
+
+holds out two photographs of the bundled sample, with all their rainy versions.
+"""
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pairs import Backgrounds, Pair, find_pairs, hold_out, read_pair, report_left_out
+from utils import InputError
+
+PRENET_FILES = ("train_input.h5", "train_target.h5")  # the patches that PReNet's code packs
+DATA_HINT = (
+    "README.md, section Data, says where to get the public sets, and this trains on drawn rain instead:"
+    " python rain.py --clean scikit-image --out datasets/train/RainSynth --per_image 20"
+    " && python train.py --data_path datasets/train/RainSynth --save_path logs/RainSynth"
+)
+
+
+@dataclass
+class TrainingSet:
+    """A folder of --data_path: its pairs, and how many times it counts."""
+
+    folder: Path
+    count: int = 1
+    pairs: list = field(default_factory=list)  # none where the folder has PReNet's packed patches instead
+    clean_only: bool = False  # photographs without rain, each the clean image of a ``Pair`` with itself
+    left_out: list = field(default_factory=list)  # names of the rainy images that were removed from the pairs
+
+    def leave_out(self, others, backgrounds, reason):
+        """Remove the pairs that share a background with one of ``others``, and name them.
+
+        Raises:
+            InputError: none is left.
+        """
+        partners = backgrounds.partners(self.pairs, others)
+        shared = [pair for pair, partner in zip(self.pairs, partners) if partner]
+        if shared and len(shared) == len(self.pairs):
+            raise InputError(
+                f"--data_path {self.folder}: {len(shared)} pairs, all of which show a {reason};"
+                " none is left to train on"
+            )
+        self.pairs = [pair for pair, partner in zip(self.pairs, partners) if not partner]
+        self.left_out += [pair.rainy.name for pair in shared]
+        report_left_out(self.folder, [pair.rainy for pair in shared], reason)
+
+
+def counted_folder(text):
+    """(folder, count) of "FOLDER:COUNT" or "FOLDER", which counts once; a folder of the whole name comes first.
+
+    Raises:
+        InputError: a count below 1.
+    """
+    folder, _, count = text.rpartition(":")
+    if not folder or not count.isdecimal() or Path(text).exists():
+        return Path(text), 1
+    if int(count) < 1:
+        raise InputError(f"--data_path {text}: expected FOLDER:COUNT with a count of 1 or more")
+    return Path(folder), int(count)
+
+
+def find_training_sets(data_paths, clean_paths, rainy_half=None, photographs=False, prenet=True):
+    """The ``TrainingSet``s of --data_path.
+
+    Args:
+        data_paths: "FOLDER" or "FOLDER:COUNT" each.
+        clean_paths: a folder of clean images for each of them, or none at all.
+        rainy_half: as for ``pairs.find_pairs``.
+        photographs: take a folder without pairs as clean photographs to put rain on.
+        prenet: take PReNet's packed patches where a folder has them.
+
+    Raises:
+        InputError: a folder is missing, or there is nothing to train on in it.
+    """
+    sets = []
+    for text, clean_path in zip(data_paths, clean_paths or [None] * len(data_paths)):
+        folder, count = counted_folder(text)
+        if not folder.is_dir():
+            raise InputError(f"--data_path {folder}: no such folder; {DATA_HINT}")
+        if prenet and all((folder / name).is_file() for name in PRENET_FILES):
+            print(f"{folder}: using PReNet's {' and '.join(PRENET_FILES)} (--preprocess packs its images instead)")
+            sets.append(TrainingSet(folder, count))
+            continue
+        found = find_pairs(folder, "--data_path", clean_path, rainy_half, required=not photographs)
+        if found.pairs:
+            report_left_out(folder, [*found.alone, *found.unused])
+            sets.append(TrainingSet(folder, count, found.pairs))
+        else:
+            print(f"{folder}: {len(found.alone)} images without pairs, taken as clean photographs to put rain on")
+            sets.append(TrainingSet(folder, count, [Pair(path, path) for path in found.alone], clean_only=True))
+    return sets
+
+
+def find_validation_pairs(folder, rainy_half=None):
+    """The pairs of --val_path."""
+    found = find_pairs(folder, "--val_path", rainy_half=rainy_half)
+    report_left_out(folder, [*found.alone, *found.unused])
+    return found.pairs
+
+
+def summarise_validation(pairs):
+    """Read the pairs to validate on, now and not after the first epoch; return what tells them from others."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for image in read_pair(pair):
+            if min(image.shape[:2]) < 11:
+                raise InputError(f"{pair.rainy}: expected validation images of 11 px or more, the window of SSIM")
+            digest.update(np.ascontiguousarray(image))
+    return {"pairs": len(pairs), "content": digest.hexdigest()}
+
+
+def separate(sets, hold_out_counts, val_pairs, exclude_test):
+    """Make training, validation and test sets share no background; what is left out of training is named.
+
+    Args:
+        sets: ``TrainingSet``s, whose pairs are removed.
+        hold_out_counts: how many backgrounds of each set to hold out for validation.
+        val_pairs: further pairs to validate on.
+        exclude_test: folders of test sets.
+
+    Returns:
+        The pairs to validate on: those held out, and ``val_pairs``.
+
+    Raises:
+        InputError: nothing is left to train on.
+    """
+    backgrounds, held_out = Backgrounds(), []
+    for training_set in sets:
+        if not training_set.pairs and (any(hold_out_counts) or exclude_test):
+            raise InputError(f"--data_path {training_set.folder}: no pair can be left out of PReNet's packed files")
+    if any(hold_out_counts) and all(training_set.clean_only for training_set in sets):
+        raise InputError(
+            "--val_pairs: clean photographs have no pairs to hold out; make some with python rain.py"
+            " --clean OTHER_PHOTOGRAPHS --out DIR, and give --val_path DIR"
+        )
+    for test_folder in exclude_test:
+        test_pairs = find_pairs(test_folder, "--exclude_test").pairs
+        for training_set in sets:
+            training_set.leave_out(test_pairs, backgrounds, f"background of {test_folder}")
+    for training_set, count in zip(sets, hold_out_counts):
+        if count and not training_set.clean_only:
+            chosen = hold_out(training_set.pairs, count, backgrounds)
+            print(f"{training_set.folder}: holds out {len(chosen)} of its backgrounds for validation")
+            held_out += [pair for pair in chosen if pair not in held_out]
+    held_out += [pair for pair in val_pairs if pair not in held_out]
+    for training_set in sets:
+        if held_out and not training_set.pairs:
+            print(f"{training_set.folder}: PReNet's packed files cannot be compared with the validation pairs")
+    for training_set in sets:
+        training_set.leave_out(held_out, backgrounds, "background held out for validation")
+    return held_out
