@@ -20,11 +20,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from checkpoints import load_checkpoint, read_options, save_checkpoint
+from checkpoints import load_checkpoint, network_options, read_options, save_checkpoint, save_safetensors
 from muon import Muon
 from utils import InputError, RunError, locked, remove_leftovers, write_text
 
 STATE_FILE, WEIGHTS_FILE, LOG_FILE = "train_state.pth", "net_latest.pth", "log.jsonl"
+SAFETENSORS_FILE = "net_latest.safetensors"
 OPTIMIZER_STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"exp_avg"}}
 
 
@@ -246,9 +247,10 @@ class RunState:
     optimizers: list
     data: dict  # ``changed_data`` says what is in it
     horizon: dict  # {"batch_size", "processes", "epochs", "max_steps"}: what the position and the schedule refer to
+    safetensors: bool = False  # whether to write the weights as .safetensors too
 
     def save(self, folder, position):
-        """Write the state and then the weights, which a resumed run begins by writing again."""
+        """Write the state and then the weights."""
         totals = {name: float(value) for name, value in position.totals.items()}
         state = {
             "net": self.net.state_dict(),
@@ -260,7 +262,14 @@ class RunState:
             "horizon": self.horizon,
         }
         save_checkpoint(folder / STATE_FILE, state)
-        save_checkpoint(folder / WEIGHTS_FILE, self.averaged.state_dict())
+        self.save_weights(folder)
+
+    def save_weights(self, folder):
+        """Write the weights; a resumed run begins by this, as a kill may have come before it."""
+        weights = self.averaged.state_dict()
+        save_checkpoint(folder / WEIGHTS_FILE, weights)
+        if self.safetensors:
+            save_safetensors(folder / SAFETENSORS_FILE, weights, network_options(self.averaged))
 
     def load(self, folder):
         """Restore what ``save`` wrote.

@@ -34,7 +34,7 @@ from muon import build_optimizers
 from networks import RESIDUAL_CONVS, SAPNet
 from pairs import read_pair
 from rain import TrainingRain, add_rain_options, check_rain_options
-from run_folder import STATE_FILE, WEIGHTS_FILE, Position, RunLog, RunState, hold_run, write_arguments
+from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_arguments
 from training_sets import find_training_sets, find_validation_pairs, separate, summarise_validation
 from utils import InputError, RunError, add_flag, at_least, progress, run_script
 
@@ -130,6 +130,7 @@ def parse_args(argv=None):
         "--save_steps", type=at_least(1), default=500, metavar="N",
         help="save what --resume needs every N steps, not only when an epoch ends",
     )
+    add_flag(group, "--safetensors", False, "write net_latest.safetensors too, which holds the network's options")
     add_flag(group, "--resume", False, "continue the run stopped under --save_path")
     group.add_argument(
         "--log_interval", type=at_least(1), default=50, metavar="N",
@@ -274,14 +275,14 @@ def train(args, device, rank, ranks):
     if rank == 0:
         join_processes(device)
     horizon = {"batch_size": args.batch_size, "processes": ranks, "epochs": args.epochs, "max_steps": args.max_steps}
-    state = RunState(net, averaged, optimizers, data, horizon)
+    state = RunState(net, averaged, optimizers, data, horizon, args.safetensors)
     position = state.load(args.save_path) if resumed else Position()
     # By the steps of the whole run: resuming must not change the arithmetic.
     choose_speed(args, device, min(len(batches) * args.epochs, args.max_steps or math.inf))
     if rank == 0:
         write_arguments(args)
         if resumed:  # it was killed, perhaps, before it could write these
-            save_checkpoint(args.save_path / WEIGHTS_FILE, averaged.state_dict())
+            state.save_weights(args.save_path)
     model = torch.compile(net) if args.compile else net
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
