@@ -2,11 +2,13 @@
 
     python -c "from images import read_image; print(read_image('results/sample.jpg').shape)"
 
-Pillow decodes what has 8 bits a sample, OpenCV what has 16. Whatever goes wrong in a file is an ``InputError`` that
+Pillow decodes what has 8 bits a sample, OpenCV what has more. Whatever goes wrong in a file is an ``InputError`` that
 names the file.
 """
 import math
 import os
+import re
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,19 +16,80 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from metadata import BITS_PER_SAMPLE, ORIENTATION, Metadata, encode, metadata_of, read_exif, read_start
 from utils import InputError, atomic_write, natural_key
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # Pillow would also run the PostScript of an EPS file
+IMAGE_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".hif",
+}
+VIDEO_SUFFIXES = {
+    ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
+    ".ogv",
+}
+HEAD = 32  # bytes at the beginning of a file, which tell its format
+SIGNATURES = {  # format as Pillow calls it, or VIDEO: what the head of such a file looks like
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "BMP": rb"BM.{12}[\x0c-\x7c]\0\0\0",
+    "TIFF": rb"(II[*+]\0|MM\0[*+])(?!....CR)",  # CR: a raw photograph by Canon, which begins with a thumbnail
+    "WEBP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "PPM": rb"P[1-6]\s+[\d#]",
+    "JPEG2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "AVIF": rb"....ftyp(....)*?avi[fs]",
+    "HEIF": rb"....ftyp(he[iv][cxms]|mif1|msf1)",
+    "VIDEO": rb"....(ftyp(?!M4[AB] |crx )|moov|mdat)|\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01|0&\xb2u|\0\0\x01[\xba\xb3]",
+}
+# What Pillow may open: it would also run the PostScript of an EPS file. TGA has no signature, so that Pillow takes many
+# a file for one; ``open_image`` adds it where the suffix says so.
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
+SUBFILE_TYPE = 254  # tag of TIFF: 1 is a smaller version of another page, 4 a mask
 MAX_PIXELS = 2**28  # of an image; the largest cameras have 200 million, and a few bytes can declare 60,000x60,000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns from 89 million on; ``open_image`` has ours
-ORIENTATION_TAG = 0x0112  # of EXIF
+# What is wrong with a file is reported here, in one line.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+# What a file is
+
+
+def match_head(head):
+    """The key of ``SIGNATURES`` that the first bytes of a file fit, or None."""
+    return next((kind for kind, pattern in SIGNATURES.items() if re.match(pattern, head, re.DOTALL)), None)
+
+
+def content_of(path):
+    """What a file is by its first bytes: a key of ``SIGNATURES``, or None where they do not say."""
+    try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return None
+        with open(path, "rb") as file:
+            return match_head(file.read(HEAD))
+    except OSError:
+        return None
+
+
+def is_video(path):
+    """Whether a file is a video: by its first bytes, or where they do not say, by its suffix."""
+    kind = content_of(path)
+    return kind == "VIDEO" if kind else path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def is_image(path):
+    """Whether a file is a picture: by its suffix, which costs nothing in a long folder, else by its first bytes."""
+    suffix = path.suffix.lower()
+    return suffix in IMAGE_SUFFIXES or suffix != ".tmp" and content_of(path) not in (None, "VIDEO")
+
+
+class NoImages(InputError):
+    """A folder without images."""
 
 
 def list_images(folder):
     """The paths of the images directly in ``folder``, in natural order."""
-    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(paths, key=natural_key)
+    return sorted(filter(is_image, Path(folder).iterdir()), key=natural_key)
 
 
 def find_images(folder, option):
@@ -37,13 +100,13 @@ def find_images(folder, option):
         option: the option that the folder comes from, which an error names.
 
     Raises:
-        InputError: no such folder, or no images in it.
+        InputError: no such folder, or no images in it (``NoImages``).
     """
     if not Path(folder).is_dir():
         raise InputError(f"{option} {folder}: no such folder; expected a folder of images")
     paths = list_images(folder)
     if not paths:
-        raise InputError(f"{option} {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
+        raise NoImages(f"{option} {folder}: no images in this folder")
     return paths
 
 
@@ -55,19 +118,61 @@ def open_image(path):
     """Yield an image file as Pillow opens it: the header is read, the pixels are not.
 
     Raises:
-        InputError: missing, too large or no image; also for what goes wrong inside the ``with`` block.
+        InputError: missing, too large, of several frames or no image; also for what goes wrong inside the ``with``
+            block.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("not a file")
         # Given the path, Pillow would map uncompressed TIFFs into memory, and mix up the rows of those to be turned.
-        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+        with open(path, "rb") as file, Image.open(file, formats=formats_of(path, file)) as image:
             if math.prod(image.size) > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height}; expected at most {MAX_PIXELS:,} pixels")
+            if has_frames(image):
+                raise ValueError("an animation or several pages; expected a single picture")
             yield image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected an image") from None
     except Exception as error:  # a damaged file can fail at any point of the decoders
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
+
+
+def formats_of(path, file):
+    """The formats as which Pillow may open a file, which is open as ``file`` and stays at its beginning."""
+    kind = match_head(file.read(HEAD))
+    file.seek(0)
+    if kind == "HEIF":
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:  # it is optional, as it brings its own decoder for HEVC
+            raise ValueError("HEIC, which takes another package: pip install pillow-heif") from None
+        register_heif_opener(thumbnails=False)
+        return (*IMAGE_FORMATS, "HEIF")
+    return (*IMAGE_FORMATS, "TGA") if Path(path).suffix.lower() == ".tga" else IMAGE_FORMATS
+
+
+def has_frames(image):
+    """Whether a file opened by Pillow holds several pictures of one rank, as an animation does.
+
+    Raises:
+        ValueError: it holds none but a thumbnail.
+    """
+    if image.format in ("MPO", "HEIF"):
+        return False  # they say which picture is the one; the others are previews, depth or the other eye's
+    if image.format == "TIFF":
+        if image.tag_v2.get(SUBFILE_TYPE, 0) & 1:
+            raise ValueError("it begins with a thumbnail, as raw photographs do; expected a developed one")
+        try:
+            for page in range(1, 20 if image.is_animated else 1):
+                image.seek(page)
+                if not image.tag_v2.get(SUBFILE_TYPE, 0) & 5:
+                    return True
+        except EOFError:
+            pass
+        image.seek(0)
+        return False
+    return getattr(image, "is_animated", False)
 
 
 def image_size(path):
@@ -81,20 +186,31 @@ def read_image(path):
     """Decode an image file.
 
     Returns:
-        (H, W, 3) RGB or (H, W, 4) RGBA array, uint8, or uint16 for files with 16 bits a sample. Grey is repeated to
-        three channels, and the picture is turned as its EXIF orientation says.
+        (H, W, 3) RGB or (H, W, 4) RGBA array, uint8, or uint16 for files with more than 8 bits a sample. Grey is
+        repeated to three channels, and the picture is turned as its EXIF orientation says. CMYK is converted without
+        its colour profile.
 
     Raises:
-        InputError: the file is missing, truncated, no image, or one of more than ``MAX_PIXELS``.
+        InputError: the file is missing, truncated, no image, of several frames, or of more than ``MAX_PIXELS``.
     """
     with open_image(path) as image:
-        orientation = read_orientation(image, path)
-        if image.mode.startswith("I;16") or is_deep(image, path):
-            return turn(read_deep(path), orientation)
-        if image.mode in ("I", "F"):
+        orientation, size, peak = read_orientation(image, path), image.size, largest_sample(image, path)
+        if peak > 255:
+            pixels = read_deep(image, path, peak)
+        elif image.mode in ("I", "F"):
             raise ValueError("32 bits a sample; expected 8 or 16")
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        return turn(np.asarray(image if image.mode == mode else image.convert(mode)), orientation)
+        else:
+            mode = "RGBA" if image.has_transparency_data else "RGB"
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+        if pixels.shape[1::-1] != size:
+            raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]}, where its header declares {size[0]}x{size[1]}")
+        return turn(pixels, orientation)
+
+
+def read_metadata(path):
+    """The ``Metadata`` of an image file; errors as for ``open_image``."""
+    with open_image(path) as image:
+        return metadata_of(image, path)
 
 
 def read_rgb(path):
@@ -106,32 +222,8 @@ def read_orientation(image, path):
     """How the file opened as ``image`` is still to be turned, as an EXIF orientation from 1 to 8; 1 is not at all."""
     if image.format == "TIFF":
         return 1  # Pillow and OpenCV turn these while they decode, and Pillow's size is the one afterwards
-    if image.format == "PNG" and not has_late_metadata(path):
-        exif = Image.Image.getexif(image)  # PngImageFile.getexif would decode the pixels to see what is behind them
-    else:
-        exif = image.getexif()
-    orientation = exif.get(ORIENTATION_TAG)
+    orientation = read_exif(image, path).get(ORIENTATION)
     return orientation if orientation in range(1, 9) else 1
-
-
-def has_late_metadata(path):
-    """Whether a PNG has more than its end behind its pixels, as few have.
-
-    Raises:
-        ValueError: it ends within one of its chunks, for which OpenCV would take as much memory as that one declares.
-    """
-    late, name = False, None
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(8)  # behind the signature
-        while name != b"IEND" and len(header := file.read(8)) == 8:
-            before, name = name, header[4:]
-            late |= before == b"IDAT" and name not in (b"IDAT", b"IEND")
-            end_of_chunk = file.tell() + int.from_bytes(header[:4], "big") + 4  # data and checksum
-            if end_of_chunk > size:
-                raise ValueError("cut short")
-            file.seek(end_of_chunk)
-    return late
 
 
 def turn(pixels, orientation):
@@ -145,24 +237,60 @@ def turn(pixels, orientation):
     return np.ascontiguousarray(pixels)
 
 
-def is_deep(image, path):
-    """Whether the file opened as ``image`` has 16 bits a sample, which Pillow would reduce to 8 in colour files."""
+def largest_sample(image, path):
+    """The value of white in the samples of the file opened as ``image``: 255 for all that have 8 bits or fewer.
+
+    Pillow would reduce most of the others to 8 bits.
+    """
+    bits = 8
     if image.format == "TIFF":
-        return image.tag_v2.get(258, (8,))[0] == 16
-    with open(path, "rb") as file:
-        header = file.read(26)
-    return image.format == "PNG" and len(header) == 26 and header[24] == 16
+        bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,))[0]
+        if bits > 8 and bits != 16:
+            raise ValueError(f"{bits} bits a sample; expected 8 or 16")
+    elif image.format == "PNG":
+        bits = read_start(path, 25)[24]
+    elif image.format == "PPM":
+        words = re.sub(rb"#[^\r\n]*", b" ", read_start(path, 1024)).split()
+        return max(255, int(words[3])) if words[0] not in (b"P1", b"P4") else 255
+    elif image.format == "JPEG2000":
+        data = Path(path).read_bytes()
+        bits = (data[data.index(b"\xff\x4f\xff\x51") + 42] & 127) + 1  # Ssiz of the first component
+    elif image.format == "AVIF":
+        for flags in re.findall(rb"av1C\x81.(.)", Path(path).read_bytes(), re.DOTALL):
+            if flags[0] & 0x40:
+                bits = 12 if flags[0] & 0x20 else 10
+    elif image.format == "HEIF" and image.info["bit_depth"] > 8:
+        bits = image.info["bit_depth"]
+        return (2**bits - 1) << (16 - bits)  # pillow-heif gives 16 bits, of which the first are those of the file
+    return max(255, 2**bits - 1)
 
 
-def read_deep(path):
-    """Decode a 16-bit file to (H, W, 3) RGB or (H, W, 4) RGBA uint16; a PNG as it lies in the file, not turned."""
-    with open(path, "rb") as file:
-        image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None or image.dtype != np.uint16:
-        raise ValueError("damaged 16-bit image")
-    if image.ndim == 2:
-        return np.repeat(image[..., None], 3, axis=2)
-    return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+def read_deep(image, path, peak):
+    """Decode a file of more than 8 bits a sample, opened as ``image``; a PNG as it lies in the file, not turned.
+
+    Args:
+        image, path: the file.
+        peak: its ``largest_sample``.
+
+    Returns:
+        (H, W, 3) RGB or (H, W, 4) RGBA uint16, in which white is 65535.
+    """
+    if image.format == "HEIF":
+        from pillow_heif import open_heif
+
+        pixels = np.asarray(open_heif(path, convert_hdr_to_8bit=False))
+    else:
+        data = Path(path).read_bytes() + b"\n"  # OpenCV wants a blank behind the last number of a PPM file
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16:
+        raise ValueError("damaged image of more than 8 bits")
+    if peak < 65535:
+        pixels = np.rint(pixels * np.float32(65535 / peak)).clip(0, 65535).astype(np.uint16)
+    if pixels.ndim == 2:
+        return np.repeat(pixels[..., None], 3, axis=2)
+    if image.format == "HEIF":
+        return pixels
+    return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
 
 
 def to_uint8(image):
@@ -172,16 +300,29 @@ def to_uint8(image):
 
 # Writing
 
+WRITTEN = {  # suffix: format that ``write_image`` writes
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+LARGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # px
 
-def write_image(path, image):
-    """Write an (H, W, 3 or 4) uint8 or uint16 RGB(A) array in the format of the suffix, complete or not at all.
+
+def write_image(path, image, metadata=Metadata(), quality=95):
+    """Write a picture in the format of the suffix (``WRITTEN``), complete or not at all.
+
+    Args:
+        path: where to; another file there is replaced.
+        image: (H, W, 3 or 4) RGB(A) uint8 or uint16 array. JPEG has no alpha, and like WebP 8 bits.
+        metadata: ``Metadata`` to write beside the pixels.
+        quality: of JPEG and WebP, 1 to 100.
 
     Raises:
+        InputError: the picture is too large for the format.
         RunError: the file cannot be written.
     """
-    code = cv2.COLOR_RGBA2BGRA if image.shape[2] == 4 else cv2.COLOR_RGB2BGR
-    ok, data = cv2.imencode(path.suffix, cv2.cvtColor(image, code))
-    if not ok:
-        raise OSError(f"{path}: could not be encoded as {path.suffix}")
+    kind = WRITTEN[path.suffix.lower()]
+    if max(image.shape[:2]) > LARGEST_SIDE.get(kind, math.inf):
+        raise InputError(f"{path}: {kind} has at most {LARGEST_SIDE[kind]:,} px a side; expected --format png")
+    data = encode(image, kind, metadata, quality)
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)

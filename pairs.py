@@ -7,7 +7,7 @@ lists the pairs of the first folder, a training set say, whose clean image is, o
 import argparse
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -159,8 +159,8 @@ def subfolders(folder, names):
     for name in names:
         places = [folder]
         for part in name.split("/") if name != "." else ():
-            places = [child for place in places for child in sorted(place.iterdir())
-                      if child.name.lower() == part and child.is_dir()]
+            places = sorted(child for place in places for child in place.iterdir()
+                            if child.name.lower() == part and child.is_dir())
         if places:
             there[name] = places[0]
     return there
@@ -273,6 +273,68 @@ def report_left_out(folder, paths, reason="no pair by their names"):
     if paths:
         names = ", ".join(printable(os.path.relpath(path, folder)) for path in paths)
         print(f"{printable(folder)}: left out {len(paths)} ({reason}): {names}", flush=True)
+
+
+# Results of another method
+
+
+def result_stems(pair, clean_is_shared):
+    """The names, without suffix, under which the result of a pair may be saved.
+
+    That is the rainy image's, and the clean one's or what both have in common by ``NAMES``, unless ``clean_is_shared``
+    by several pairs.
+    """
+    stems = [pair.rainy.stem]
+    if not clean_is_shared:
+        stems.append(pair.clean.stem)
+        for names in NAMES:
+            matches = [
+                re.fullmatch(pattern, path.stem, re.DOTALL | re.IGNORECASE)
+                for pattern, path in ((names.rainy, pair.rainy), (names.clean, pair.clean))
+            ]
+            if all(matches) and len({without_padding(match[1]) for match in matches}) == 1:
+                stems += [match[1] for match in matches]
+                break
+    return stems
+
+
+def match_results(pairs, folder):
+    """Find the pictures that another method made of the rainy images of ``pairs``, by their names without suffix.
+
+    Args:
+        pairs: of a data set, all with a clean image.
+        folder: of the pictures.
+
+    Returns:
+        (a list with a path or None for each pair, paths of the pictures that belong to none).
+
+    Raises:
+        InputError: no such folder, or no picture in it that goes with a pair; it is not clear which goes with a pair.
+    """
+    exact, unpadded, shared = defaultdict(set), defaultdict(set), Counter(pair[1:] for pair in pairs)
+    paths = find_images(folder, "--results_path")
+    for path in paths:
+        exact[path.stem.lower()].add(path)
+        unpadded[without_padding(path.stem.lower())].add(path)
+    results, owners = [], {}
+    for pair in pairs:
+        stems = [stem.lower() for stem in result_stems(pair, shared[pair[1:]] > 1)]
+        found = set().union(*(exact.get(stem, ()) for stem in stems))
+        found = sorted(found or set().union(*(unpadded.get(without_padding(stem), ()) for stem in stems)))
+        if len(found) > 1:
+            raise InputError(
+                f"--results_path {folder}: {found[0].name} and {found[1].name} may both be the result of"
+                f" {pair.rainy.name}; expected one picture for each image"
+            )
+        results.append(found[0] if found else None)
+        if found and owners.setdefault(found[0], pair) is not pair:
+            raise InputError(
+                f"--results_path {folder}: {found[0].name} may be the result of {owners[found[0]].rainy.name} and of"
+                f" {pair.rainy.name}; expected one picture for each image"
+            )
+    if not owners:
+        raise InputError(f"--results_path {folder}: no picture goes by its name with {pairs[0].rainy}")
+    return results, [path for path in paths if path not in owners]
 
 
 # Backgrounds

@@ -1,14 +1,17 @@
-"""Derain an image, a folder of images or a video, and report PSNR and SSIM where there are clean images.
+"""Derain pictures, folders of pictures and videos, and report PSNR and SSIM where there are clean images.
 
     python test.py --test_data_path datasets/test/RainSample
 
-Writes one PNG an image and metrics.csv. The figures follow PReNet's MATLAB protocol, on the 8-bit images written.
+Writes one PNG an image and metrics.csv. The figures follow PReNet's MATLAB protocol, on the 8-bit images written. With
+--results_path it measures by this protocol what another method made.
 """
 import argparse
+import errno
 import os
 import sys
 import time
-from collections import Counter
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,26 +19,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints import BUNDLED, add_network_options, find_checkpoint, load_network
+from checkpoints import add_network_options, find_checkpoint, load_network
 from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
 from devices import fast_bfloat16, free_memory, pick_device
-from images import IMAGE_SUFFIXES, read_rgb, to_uint8, write_image
+from images import WRITTEN, content_of, read_image, read_metadata, read_rgb, to_uint8, write_image
 from inference import StripRunner, self_ensemble, to_image, to_tensor
+from inputs import common_path, find_inputs, find_results, is_clip, paths_of
+from metadata import Metadata
 from metrics import measure
-from pairs import Pair, check_sizes, find_pairs, read_clean, read_rainy, report_left_out
-from utils import InputError, RunError, add_flag, at_least, natural_key, printable, progress, run_script, write_csv
-from video import derain_video
+from outputs import (
+    COLUMNS, MARK, Job, average, check_outputs, default_output, describe, extension, name_outputs,
+)
+from pairs import check_sizes, read_clean, read_rainy
+from utils import InputError, RunError, add_flag, at_least, printable, progress, run_script, write_csv
+from video import VideoOptions, derain_video, write_report
+from video_form import CODECS
+from video_input import clip_name, is_pattern
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file system that cannot have such a name
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_network_options(parser)
     parser.add_argument(
-        "--test_data_path", type=Path, default=Path("datasets/test/Rain100H"), metavar="PATH",
-        help="an image, a folder of rainy images, with clean ones or without, or a video (default: %(default)s)",
+        "--test_data_path", type=Path, nargs="+", default=[Path("datasets/test/Rain100H")], metavar="PATH",
+        help="images, videos and folders of them; clean images beside the rainy ones are found"
+        " (default: datasets/test/Rain100H)",
     )
     parser.add_argument(
         "--clean_path", type=Path, metavar="DIR",
@@ -45,16 +56,43 @@ def parse_args(argv=None):
         "--side_by_side", choices=("left", "right"),
         help="each picture holds a rainy and a clean image side by side; this half is the rainy one",
     )
-    add_flag(parser, "--recursive", False, "take the images of all folders below too; no clean images are looked for")
+    add_flag(parser, "--recursive", False, "take the files of all folders below too; no clean images are looked for")
+    parser.add_argument(
+        "--results_path", type=Path, metavar="DIR",
+        help="measure the pictures of this folder, which another method made of those of --test_data_path; they are"
+        " named as the rainy or the clean images",
+    )
     parser.add_argument(
         "--output_path", type=Path, metavar="DIR",
         help="folder of the derained images (default: results/SET/MODEL, after --test_data_path and --save_path)",
     )
-    add_flag(parser, "--overwrite", True, "derain again what is there already; False goes on with a long folder")
+    parser.add_argument(
+        "--format", choices=("png", "jpg", "webp", "same"), default="png",
+        help="of the derained images; same is the input's, or png where that cannot be written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quality", type=at_least(1), default=95, metavar="N", help="of jpg and webp, 1 to 100 (default: %(default)s)"
+    )
+    parser.add_argument("--suffix", default="", metavar="TEXT", help="added to the names of the derained images")
+    add_flag(
+        parser, "--metadata", True,
+        "keep the colour profile, and of EXIF the date, the place and the camera; False leaves all of it out",
+    )
+    add_flag(parser, "--overwrite", True, "derain again what is there already; False goes on with a folder or a video")
     add_flag(parser, "--comparison", False, "write a labelled panel for each image too, and a contact sheet")
     add_flag(
         parser, "--self_ensemble", False,
         "average over the image, its mirror image, and both upside down: four times as long",
+    )
+    parser.add_argument("--codec", choices=tuple(CODECS), default="h264", help="of a video (default: %(default)s)")
+    parser.add_argument(
+        "--crf", type=at_least(0), metavar="N",
+        help="quality of a video, from 0, the best, to 51, with vp9 and av1 to 63 (default: 16, 18 with hevc, 20 with"
+        " vp9 and av1)",
+    )
+    parser.add_argument(
+        "--frames", type=frame_range, metavar="A:B",
+        help="derain frames A to B of a video only, counted from 1; the sound is cut to them",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
@@ -67,14 +105,28 @@ def parse_args(argv=None):
         " (default: 3/4 of what is free)",
     )
     args = parser.parse_args(argv)
-    args.checkpoint = find_checkpoint(args.save_path)
+    args.inputs = list(dict.fromkeys(args.test_data_path))
+    args.test_data_path = common_path(args.inputs)
+    args.checkpoint = None if args.results_path else find_checkpoint(args.save_path)
     args.output_path = args.output_path or default_output(args)
     return args
 
 
-def check_options(args, clip):
-    """Refuse options that do not go together; ``clip`` is whether --test_data_path is a video."""
+def frame_range(text):
+    """``argparse`` type for A:B, the numbers of the first and the last frame."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"expected A:B with 1 <= A <= B, got {text!r}")
+    return int(first), int(last)
+
+
+def check_options(args):
+    """Refuse paths that do not exist, and options that do not go together."""
+    for path in args.inputs:
+        if not path.exists() and not is_pattern(path):
+            raise InputError(f"--test_data_path {path}: no such file or folder; expected an image, a folder or a video")
     source = args.test_data_path
+    clip = is_pattern(source) or source.is_file() and is_clip(source)
     if args.comparison and clip:
         raise InputError(f"--comparison: {source} is no image; expected an image or a folder of images")
     clean_options = [name for name in ("clean_path", "side_by_side") if getattr(args, name)]
@@ -85,126 +137,42 @@ def check_options(args, clip):
             raise InputError(f"--{name}: expected no --recursive, which looks for no clean images")
         if clip:
             raise InputError(f"--{name}: {source} is a video; expected images, as a video is not measured")
-    if args.clean_path and source.is_file():
-        raise InputError(f"--clean_path: {source} is one image; expected a folder of rainy images as --test_data_path")
+    for name in ("clean_path", "results_path"):
+        if getattr(args, name) and (source.is_file() or len(args.inputs) > 1):
+            kind = "one image" if source.is_file() else "no single folder"
+            raise InputError(f"--{name}: {source} is {kind}; expected a folder of rainy images as --test_data_path")
+    for name in ("save_path", "recursive", "self_ensemble"):
+        if args.results_path and getattr(args, name):
+            raise InputError(f"--results_path measures pictures that are there; expected no --{name}")
+    if args.quality > 100:
+        raise InputError(f"--quality {args.quality}: expected 1 to 100")
+    if Path(args.suffix).name != args.suffix:
+        raise InputError(f"--suffix {args.suffix}: expected a part of a file's name")
 
 
-# What to read and where to write
+# Pictures
 
 
-def default_output(args):
-    """results/SET/MODEL: named after --test_data_path, and after the checkpoint (``model_name``)."""
-    source = Path(os.path.abspath(args.test_data_path))
-    return Path("results", source.stem if source.is_file() else source.name, model_name(args.save_path))
-
-
-def model_name(save_path):
-    """The name of a checkpoint under results/.
-
-    That is the name of its run's folder; FOLDER-STEM where --save_path is a file, as a run's folder has several; and
-    STEM alone for the bundled weights.
-    """
-    checkpoint = Path(os.path.abspath(find_checkpoint(save_path)))
-    if checkpoint.resolve().parent == BUNDLED:
-        return checkpoint.stem
-    from_folder = save_path is None or save_path.is_dir()
-    return checkpoint.parent.name if from_folder else f"{checkpoint.parent.name}-{checkpoint.stem}"
-
-
-def find_below(folder, left_out):
-    """All images in ``folder`` and the folders below, linked ones too, without the folder ``left_out`` below it."""
-    paths, seen = [], {os.path.realpath(left_out)} - {os.path.realpath(folder)}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link may lead back up
-            folders.clear()
-            continue
-        seen.add(real)
-        paths += [Path(place, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if not paths:
-        raise InputError(
-            f"--test_data_path {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder or below it"
-        )
-    return sorted(paths, key=natural_key)
-
-
-def find_inputs(args):
-    """Find the images to derain, and say which of them are not measured and which files are left out.
-
-    Returns:
-        (list of ``Pair``, whose clean image is None where there is none; paths of the images left out).
-    """
-    path, rainy_half = args.test_data_path, args.side_by_side
-    if path.is_file():
-        return [Pair(path, path if rainy_half else None, rainy_half)], []
-    if args.recursive:
-        return [Pair(image, None) for image in find_below(path, args.output_path)], []
-    found = find_pairs(path, "--test_data_path", args.clean_path, rainy_half, required=False)
-    if rainy_half and not all(pair.rainy_half for pair in found.pairs):
-        raise InputError(
-            f"--side_by_side {rainy_half}: {path} has rainy and clean images in files of their own,"
-            f" such as {found.pairs[0].rainy.name} and {found.pairs[0].clean.name}; expected both in one"
-        )
-    report_left_out(path, found.unused)
-    if found.alone and found.pairs:
-        names = ", ".join(printable(image.name) for image in found.alone)
-        print(f"{printable(path)}: {len(found.alone)} without a clean image, derained but not measured: {names}")
-    elif found.alone:
-        print(f"{printable(path)}: no clean images, so all {len(found.alone)} are derained but not measured")
-    pairs = [*found.pairs, *(Pair(image, None) for image in found.alone)]
-    return sorted(pairs, key=lambda pair: natural_key(pair.rainy)), found.unused
-
-
-def name_outputs(pairs, root=None):
-    """Where each pair's result goes, relative to --output_path.
-
-    It is the input's name as PNG, or with its suffix kept where two would collide; below ``root``, in the folder
-    that mirrors the input's.
-    """
-    folders = [pair.rainy.parent.relative_to(root) if root else Path() for pair in pairs]
-    stems = [folder / pair.rainy.stem for folder, pair in zip(folders, pairs)]
-    counts = Counter(stems)
-    return [
-        folder / f"{pair.rainy.name if counts[stem] > 1 else pair.rainy.stem}.png"
-        for folder, stem, pair in zip(folders, stems, pairs)
-    ]
-
-
-class Job(NamedTuple):
-    """One image: what is read, and where its result goes and its panel, which is None without --comparison."""
-
-    pair: Pair
-    output: Path
-    panel: Path | None
-
-
-def plan_jobs(pairs, args):
-    """A ``Job`` for each pair."""
-    root = args.test_data_path if args.recursive and args.test_data_path.is_dir() else None
+def plan_jobs(pictures, args):
+    """A ``Job`` for each (``Pair``, folder below --output_path, picture to measure or None)."""
+    places = [(folder, pair.rainy) for pair, folder, _ in pictures]
+    outputs = name_outputs(places, [f"{args.suffix}{extension(path, args.format)}" for _, path in places])
+    panels = name_outputs(places, [".jpg"] * len(places))
     return [
         Job(
-            pair, args.output_path / name,
-            args.output_path / "comparison" / name.with_suffix(".jpg") if args.comparison else None,
+            pair, there or args.output_path / output,
+            args.output_path / "comparison" / panel if args.comparison else None, folder / pair.rainy.name,
         )
-        for pair, name in zip(pairs, name_outputs(pairs, root))
+        for (pair, folder, there), output, panel in zip(pictures, outputs, panels)
     ]
 
 
-def check_outputs(paths, inputs, output_path):
-    """Refuse to write over an input, or one result over another."""
-    inputs = {os.path.realpath(path) for path in inputs}  # unlike Path.resolve, also of a link to itself
-    written = set()
-    for path in paths:
-        if os.path.realpath(path) in inputs:
-            raise InputError(
-                f"--output_path {output_path}: {path.name} would overwrite an input; expected another folder"
-            )
-        if path in written:
-            raise InputError(f"--output_path {output_path}: two results would be {path.name}; expected other names")
-        written.add(path)
+class Saving(NamedTuple):
+    """How results are saved: the options of these names."""
 
-
-# Images
+    overwrite: bool = True
+    metadata: bool = True
+    quality: int = 95
 
 
 def derain(runner, image, device):
@@ -223,113 +191,128 @@ def derain(runner, image, device):
     return derained, to_image(output)
 
 
-def process(runner, job, device, overwrite=True):
+@contextmanager
+def faults_of(path):
+    """Make of what can go wrong with one picture, memory included, an ``InputError`` that names it."""
+    try:
+        yield
+    except (RunError, OSError) as error:  # no room for its feature maps, on the disk or in memory
+        raise InputError(f"{path}: {error}") from None
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).partition("\n")[0]
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not memory and "allocate memory" not in text and "ALLOC_FAILED" not in text:  # by a CPU, and by cuDNN
+            raise
+        raise InputError(f"{path}: not enough memory ({text or type(error).__name__})") from None
+
+
+def save(path, picture, metadata, quality=95):
+    """Write a picture, with ``MARK``; errors as for ``write_image``, and ``InputError`` for names that cannot be."""
+    try:
+        write_image(path, picture, metadata._replace(software=MARK), quality)
+    except RunError as error:
+        if getattr(error.__context__, "errno", None) in NAME_ERRORS:
+            raise InputError(str(error)) from None
+        raise
+
+
+def process(runner, job, device, saving=Saving()):
     """Derain one image, save and measure it, and write its panel if it has one.
 
     Args:
-        runner, device: as for ``derain``.
+        runner, device: as for ``derain``; without a runner the result is there already.
         job: a ``Job``.
-        overwrite: whether to derain the image again where its result is there already.
+        saving: a ``Saving``.
 
     Returns:
-        (its row of the report: name, metrics where there is a clean image, seconds of the network; its thumbnail for
-        the contact sheet, or None without a panel).
+        (its row of the report: name, metrics where there is a clean image, seconds of the network, and "reduced" where
+        the format did not take its alpha or 16 bits; its thumbnail for the contact sheet, or None without a panel).
+
+    Raises:
+        InputError: this image fails, and another may not.
+        RunError: a result cannot be written.
     """
     pair = job.pair
-    row = {"image": printable(pair.rainy.name)}
+    row = {"image": printable(job.name or pair.rainy.name)}
+    result = None
+    with faults_of(pair.rainy):
+        # 1. Load
+        image = read_rainy(pair)
+        clean = read_clean(pair) if pair.clean else None
+        if clean is not None:
+            check_sizes(pair, image.shape, clean.shape)
 
-    # 1. Load
-    image = read_rainy(pair)
-    clean = read_clean(pair) if pair.clean else None
-    if clean is not None:
-        check_sizes(pair, image.shape, clean.shape)
+        # 2. Derain, or take what is there
+        if runner is None or job.output.exists() and not saving.overwrite:
+            derained = read_rgb(job.output)
+            if derained.shape[:2] != image.shape[:2]:
+                raise InputError(f"{job.output} is not the result of {pair.rainy}, as it has another size; remove it")
+        else:
+            metadata = read_metadata(pair.rainy) if saving.metadata else Metadata()
+            started = time.perf_counter()
+            result, derained = derain(runner, image, device)
+            row["seconds"] = time.perf_counter() - started
 
-    # 2. Derain and save, or take what is there
-    if job.output.exists() and not overwrite:
-        derained = read_rgb(job.output)
-        if derained.shape[:2] != image.shape[:2]:
-            raise InputError(f"{job.output} is not the result of {pair.rainy}, as it has another size; remove it")
-    else:
-        started = time.perf_counter()
-        result, derained = derain(runner, image, device)
-        row["seconds"] = time.perf_counter() - started
-        write_image(job.output, result)
+    # 3. Save
+    if result is not None:
+        save(job.output, result, metadata, saving.quality)
 
-    # 3. Measure, and show both
-    if clean is not None:
-        row |= measure(derained, clean)
-    if job.panel is None:
-        return row, None
-    rainy = to_uint8(image[..., :3])
-    scores = clean is not None and {"rainy": measure(rainy, clean), "derained": row}
-    write_image(job.panel, panel(row["image"], rainy, derained, clean, scores))
+    # 4. Measure what was written, and show both
+    with faults_of(pair.rainy):
+        if result is not None and WRITTEN[job.output.suffix.lower()] in ("JPEG", "WEBP"):
+            derained = read_image(job.output)
+            row["reduced"] = result.dtype != np.uint8 or result.shape != derained.shape
+            derained = derained[..., :3]
+        if clean is not None:
+            row |= measure(derained, clean)
+        if job.panel is None:
+            return row, None
+        rainy = to_uint8(image[..., :3])
+        scores = clean is not None and {"rainy": measure(rainy, clean), "derained": row}
+        sheet = panel(row["image"], rainy, derained, clean, scores)
+    save(job.panel, sheet, Metadata())
     return row, thumbnail(row["image"], rainy, derained)
 
 
-def describe(row):
-    """A row of the report as one line for the console."""
-    seconds = f"{row['seconds']:6.2f} s" if "seconds" in row else "was there"
-    if "psnr_y" not in row:
-        return f"{row['image']:24} {seconds}"
-    return (
-        f"{row['image']:24} Y {row['psnr_y']:7.4f} dB {row['ssim_y']:.4f}"
-        f"   RGB {row['psnr_rgb']:7.4f} dB {row['ssim_rgb']:.4f}   {seconds}"
-    )
+def derain_images(runner, jobs, args, device):
+    """Derain, save and measure the picture of each ``Job``; a bad one does not cost the others.
 
-
-def mean(values):
-    """The mean without NaN, which an image under 11 px has as its SSIM; NaN where nothing is left."""
-    values = [value for value in values if not np.isnan(value)]
-    return float(np.mean(values)) if values else float("nan")
-
-
-def average(rows):
-    """The averages of a report: metrics over the images that have them, time without the first image's warm-up."""
-    measured = [row for row in rows if "psnr_y" in row]
-    seconds = [row["seconds"] for row in rows if "seconds" in row]
-    summary = {"image": f"average of {len(measured) or len(rows)}"}
-    if measured:
-        summary |= {name: mean(row[name] for row in measured) for name in METRICS}
-    return summary | ({"seconds": mean(seconds[1:] or seconds)} if seconds else {})
-
-
-def derain_images(runner, args, device):
-    """Derain the images of --test_data_path; a bad one does not cost the others."""
-    # 1. Which images, and where each result goes
-    pairs, left_out = find_inputs(args)
-    jobs = plan_jobs(pairs, args)
-    sheet_path = args.output_path / "contact_sheet.jpg"
-    written = [job.output for job in jobs]
-    if args.comparison:
-        written += [sheet_path, *(job.panel for job in jobs)]
-    inputs = [path for pair in pairs for path in (pair.rainy, pair.clean) if path]
-    check_outputs(written, inputs + left_out, args.output_path)
-
-    # 2. Load, derain, save and measure each
-    rows, thumbnails, failures = [], [], []
+    Returns:
+        [(name, reason)] of those that failed.
+    """
+    rows, thumbnails, failures, reduced = [], [], [], []
+    saving = Saving(args.overwrite, args.metadata, args.quality)
     step = -(-len(jobs) // MAX_THUMBNAILS)
     for number, job in enumerate(progress(jobs, "deraining")):
+        row, reason = None, None
         try:
-            row, small = process(runner, job, device, args.overwrite)
+            row, small = process(runner, job, device, saving)
         except InputError as error:
-            failures.append(printable(job.pair.rainy.name))
-            tqdm.write(f"error: {printable(error)}")
+            reason = printable(error)  # not the error, which holds all that had been computed
+        if row is None:
+            failures.append((printable(job.name), reason))
+            if len(jobs) > 1:
+                tqdm.write(f"error: {reason}")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # of an image that was too large
             continue
+        if row.pop("reduced", False):
+            reduced.append(row["image"])
         tqdm.write(describe(row))
         rows.append(row)
         if small is not None and number % step == 0:
             thumbnails.append(small)
-
-    # 3. Report
     if rows:
-        write_csv(args.output_path / "metrics.csv", ("image", *METRICS, "seconds"), [*rows, average(rows)])
+        write_csv(args.output_path / "metrics.csv", COLUMNS, [*rows, average(rows)])
         print(describe(average(rows)))
         print(f"{len(rows)} images in {printable(args.output_path)}")
+    if reduced:
+        print(f"--format {args.format} has not kept the alpha or 16 bits of {len(reduced)}: {', '.join(reduced)}")
     if thumbnails:
-        write_image(sheet_path, contact_sheet(thumbnails))
+        sheet_path = args.output_path / "contact_sheet.jpg"
+        save(sheet_path, contact_sheet(thumbnails), Metadata())
         print(f"panels in {printable(args.output_path / 'comparison')}, {len(thumbnails)} images on {sheet_path.name}")
-    if failures:
-        raise RunError(f"{len(failures)} of {len(jobs)} images failed: {', '.join(failures)}")
+    return failures
 
 
 # Videos
@@ -338,26 +321,46 @@ def derain_images(runner, args, device):
 def derain_clip(runner, args, device):
     """Derain the video --test_data_path, and report how steady it is."""
     source = args.test_data_path
-    output = args.output_path / f"{source.stem}.mp4"
-    check_outputs([output], [source], args.output_path)
-    if output.exists() and not args.overwrite:
-        print(f"{printable(output)} is there already")
+    settings = {
+        "weights": zlib.crc32(args.checkpoint.read_bytes()), "recurrent_iter": args.recurrent_iter,
+        "use_dilation": args.use_dilation, "precision": args.precision, "self_ensemble": args.self_ensemble,
+    }
+    options = VideoOptions(args.codec, args.crf, args.frames, args.overwrite, settings)
+    result = derain_video(source, args.output_path, lambda frame: derain(runner, frame, device)[0], options)
+    if result is None:  # it was there already
         return
-    rows, lost, interrupted = derain_video(source, output, lambda frame: derain(runner, frame, device)[1])
-    columns = ("frame", "seconds", "static", "change_rainy", "change_derained")
-    summary = {name: mean(row[name] for row in rows) for name in columns[1:]}
-    write_csv(output.with_suffix(".csv"), columns, [*rows, {"frame": f"average of {len(rows)}", **summary}])
-    print(f"{len(rows)} frames, {summary['seconds']:.2f} s a frame, in {printable(output)}")
-    if not np.isnan(summary["change_rainy"]):
-        print(
-            f"change between frames where the scene stands still ({summary['static']:.0%} of the pixels):"
-            f" {summary['change_rainy']:.3f} grey levels before, {summary['change_derained']:.3f} after"
-        )
-    if interrupted:
-        print(f"interrupted after frame {rows[-1]['frame']}; the video ends there")
-        sys.exit(130)
-    if lost:
-        raise RunError(f"{printable(source)}: {len(lost)} frames could not be read, the first of them number {lost[0]}")
+    if result.rows:
+        average = write_report(result.output.with_suffix(".csv"), result.rows)
+        print(f"{len(result.rows)} frames, {average['seconds']:.2f} s a frame, in {printable(result.output)}")
+        if not np.isnan(average["change_rainy"]):
+            print(
+                f"change between frames where the scene stands still ({average['static']:.0%} of the pixels):"
+                f" {average['change_rainy']:.3f} grey levels before, {average['change_derained']:.3f} after"
+            )
+    if result.stopped:
+        print(f"stopped after frame {result.last}; the same command with --overwrite False goes on from there")
+        sys.exit(128 + result.stopped)
+    if result.faults:
+        raise RunError(f"{printable(source)}: {'; '.join(result.faults)}")
+
+
+def derain_clips(runner, clips, args, device):
+    """Derain each video of [(path, folder of its result below --output_path)].
+
+    Returns:
+        [(name, reason)] of those that failed.
+    """
+    failures = []
+    for path, below in clips:
+        own = {"test_data_path": path, "output_path": args.output_path / below}
+        try:
+            derain_clip(runner, argparse.Namespace(**{**vars(args), **own}), device)
+        except (InputError, RunError) as error:
+            if len(args.inputs) == 1 and path == args.test_data_path:
+                raise
+            print(f"error: {printable(error)}")
+            failures.append((printable(below / path.name), printable(error)))
+    return failures
 
 
 def load_runner(args, device):
@@ -371,17 +374,56 @@ def load_runner(args, device):
     return self_ensemble(runner) if args.self_ensemble else runner
 
 
+def refuse_to_overwrite(jobs, inputs, args):
+    """Look, before the work begins, at all that will be written."""
+    written = [args.output_path / "metrics.csv"] if jobs else []
+    if not args.results_path:
+        written += [job.output for job in jobs]
+    if args.comparison and jobs:
+        written += [args.output_path / "contact_sheet.jpg", *(job.panel for job in jobs)]
+    # A video's own name follows from its streams, so derain_video looks at it.
+    written += [args.output_path / below / f"{clip_name(path)}.csv" for path, below in inputs.clips]
+    read = [*paths_of(job.pair for job in jobs), *inputs.unused, *(path for path, _ in inputs.clips)]
+    check_outputs(written, read, args.output_path)
+
+
 def main():
     args = parse_args()
-    source = args.test_data_path
-    if not source.exists():
-        raise InputError(f"--test_data_path {source}: no such file or folder; expected an image, a folder or a video")
-    clip = source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES
-    check_options(args, clip)
+    check_options(args)
+    if not args.results_path:
+        print(f"weights: {printable(args.checkpoint)}")
+
+    # 1. Which pictures and videos, and where each result goes
+    inputs = find_results(args) if args.results_path else find_inputs(args)
+    for name in ("crf", "frames"):
+        if getattr(args, name) is not None and not inputs.clips:
+            raise InputError(f"--{name}: {args.test_data_path} is no video; expected a video as --test_data_path")
+    jobs = plan_jobs(inputs.pictures, args)
+    refuse_to_overwrite(jobs, inputs, args)
+    if args.format == "same":
+        changed = [job for job in jobs if job.output.suffix == ".png" and content_of(job.pair.rainy) != "PNG"]
+        if changed:
+            print(f"--format same: as PNG {', '.join(printable(job.name) for job in changed)}")
+
+    # 2. Derain and measure each
     device = pick_device(args.device)
-    runner = load_runner(args, device)
-    print(f"weights: {printable(args.checkpoint)}")
-    (derain_clip if clip else derain_images)(runner, args, device)
+    runner = None if args.results_path else load_runner(args, device)
+    failures = derain_images(runner, jobs, args, device) if jobs else []
+    failures += derain_clips(runner, inputs.clips, args, device)
+
+    # 3. What was not done
+    if inputs.others:
+        names = ", ".join(printable(os.path.relpath(path, args.test_data_path)) for path in inputs.others)
+        print(f"not processed: {names}")
+    if inputs.missing:
+        names = ", ".join(printable(path.name) for path in inputs.missing)
+        raise RunError(f"--results_path {args.results_path}: no result of {len(inputs.missing)} images: {names}")
+    total = len(jobs) + len(inputs.clips)
+    if failures and total == 1:
+        raise RunError(failures[0][1])
+    if failures:
+        kinds = "files" if inputs.clips else "images"
+        raise RunError(f"{len(failures)} of {total} {kinds} failed: {', '.join(name for name, _ in failures)}")
 
 
 if __name__ == "__main__":

@@ -1,57 +1,142 @@
-"""Derain a video frame by frame: the result has the same size, frame rate, number of frames and, with ffmpeg, sound.
+"""Derain a video frame by frame: each frame keeps its time stamp, and sounds, subtitles and chapters are copied.
 
-    python -c "import cv2; clip = cv2.VideoWriter('clip.mp4', cv2.VideoWriter.fourcc(*'mp4v'), 2, (288, 288)); [
-        clip.write(cv2.imread(f'datasets/test/RainSample/rainy/rain-00{k}.png')) for k in (1, 2)]"
-    python test.py --test_data_path clip.mp4 --output_path results/clip
+    python test.py --test_data_path datasets/test/RainSample/rainy/rain-%03d.png --output_path results/clip
 
-The first command makes a clip of two frames from the bundled sample. test.py calls ``derain_video`` if --test_data_path
-is a video, of any kind that OpenCV reads.
+makes a video of the numbered pictures of a folder. test.py calls ``derain_video`` if --test_data_path is a video or
+such a pattern. Reading is in video_input.py, codecs and colours in video_form.py, writing in video_output.py.
 """
+import csv
+import json
 import os
-import shutil
-import subprocess
-import tempfile
+import signal
+import threading
 import time
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from utils import InputError, RunError, printable, progress
+from images import to_uint8
+from utils import InputError, RunError, locked, printable, progress, write_csv
+from video_form import CODECS, choose_form, describe_form
+from video_input import clip_name, open_source
+from video_output import SUFFIXES, VideoWriter, beside, choose_container, describe_stream, read_mark
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silent: damaged frames are reported here, in one line
-MAX_LOST = 250  # after so many unreadable frames in a row the video is over, whatever number its header declares
 STATIC_CHANGE = 3  # largest change of a pixel that stands still, in grey levels, after the streaks are filtered out
 STREAK_FILTER = 15  # px, the side of the median filter that removes the streaks
+COLUMNS = ("frame", "seconds", "static", "change_rainy", "change_derained")  # of NAME.csv
 
 
-def open_video(path):
-    """An OpenCV capture on a video file.
+@dataclass
+class VideoOptions:
+    """What derain_video is asked for.
 
-    Raises:
-        InputError: OpenCV cannot read it.
+    Args:
+        codec: a key of ``CODECS``.
+        crf: quality of the encoder, smaller is better; None takes that of ``CODECS``.
+        frames: (first, last) frame to derain, both counted from 1 and included; None takes all.
+        overwrite: whether to start again where an earlier result is; otherwise a stopped one is gone on with.
+        settings: what else the result depends on, such as the weights; values that JSON can hold.
     """
-    capture = cv2.VideoCapture(str(path))
-    if not capture.isOpened() or capture.get(cv2.CAP_PROP_FRAME_WIDTH) < 2:
-        raise InputError(f"--test_data_path {path}: neither an image nor a video that OpenCV reads")
-    return capture
+
+    codec: str = "h264"
+    crf: int | None = None
+    frames: tuple[int, int] | None = None
+    overwrite: bool = True
+    settings: dict = field(default_factory=dict)
 
 
-def read_frames(capture):
-    """Yield a video's frames, (H, W, 3) uint8 RGB.
+class VideoResult(NamedTuple):
+    """What ``derain_video`` did.
 
-    None stands for a frame that cannot be read, but only if a readable frame follows: the end of a video looks the
-    same as a frame that cannot be read.
+    ``rows`` has a dictionary with the keys ``COLUMNS`` for each frame that was derained, earlier runs included;
+    ``last`` is the number of the last frame in the output; ``faults`` are sentences on what could not be read;
+    ``stopped`` is the number of the signal that ended it early, or 0.
     """
-    lost = 0
-    while lost <= MAX_LOST:
-        ok, frame = capture.read()
-        if ok:
-            yield from [None] * lost
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            lost = 0
-        else:
-            lost += 1
+
+    output: Path
+    rows: list
+    last: int
+    faults: list
+    stopped: int
+
+
+# Stopping and going on
+
+
+class StopSignals:
+    """While this is open, the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and later ones do nothing.
+
+    Inside ``with signals.held():`` it is raised at the end of the block. ``number`` is that of the signal, or 0.
+    """
+
+    def __init__(self):
+        self.number, self.holding, self.before = 0, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.take)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def take(self, number, _):
+        if not self.number:
+            self.number = number
+            if not self.holding:
+                raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self):
+        self.holding = True
+        yield
+        self.holding = False
+        if self.number:
+            raise KeyboardInterrupt
+
+
+def check_output(output, source, task, overwrite):
+    """Refuse to write over what is not a result of this program.
+
+    Returns:
+        Whether the result is there already, and to be kept.
+    """
+    inputs = getattr(source, "paths", None) or [source.path]
+    if os.path.realpath(output) in {os.path.realpath(path) for path in inputs}:
+        raise InputError(
+            f"--output_path {output.parent}: {output.name} would overwrite an input; expected another folder"
+        )
+    taken, table, mark = [], output.with_suffix(".csv"), None
+    if output.exists() and not (mark := read_mark(output)):
+        taken.append(output.name)
+    if table.exists():
+        with open(table, encoding="utf-8", errors="replace") as file:
+            if file.readline().strip() != ",".join(COLUMNS):
+                taken.append(table.name)
+    if taken:
+        raise InputError(
+            f"--output_path {output.parent}: {' and '.join(taken)} would be overwritten, which is not of this program;"
+            " expected another folder"
+        )
+    if overwrite or not mark:
+        return False
+    if mark["task"] != task:
+        raise InputError(
+            f"--overwrite False: {output} is of another source or other options; expected those, or no"
+            " --overwrite False"
+        )
+    return mark["complete"]
+
+
+# Deraining
 
 
 class Flicker:
@@ -84,138 +169,191 @@ class Flicker:
             return dict.fromkeys(("static", "change_rainy", "change_derained"), float("nan"))
         scene_change, *changes = (cv2.absdiff(new, old) for new, old in zip(current, before))
         static = cv2.dilate(scene_change, np.ones((STREAK_FILTER, STREAK_FILTER), np.uint8)) <= STATIC_CHANGE
-        means = [float(change[static].mean()) if static.any() else float("nan") for change in changes]
-        return {"static": float(static.mean()), "change_rainy": means[0], "change_derained": means[1]}
+        mask = static.astype(np.uint8)
+        means = [np.mean(cv2.mean(change, mask)[:3]) if static.any() else float("nan") for change in changes]
+        return {"static": float(static.mean()), "change_rainy": float(means[0]), "change_derained": float(means[1])}
 
 
-def add_sound(video, source, output):
-    """Write ``video`` with the sound of ``source`` to ``output`` by ffmpeg.
+class Deraining:
+    """The loop over the frames of a video; what it has done so far is in its attributes.
 
-    Returns:
-        None, or a sentence that says why the sound was left out.
+    Attributes:
+        rows: a dictionary with the keys ``COLUMNS`` for each frame that was derained.
+        lost: the numbers of the frames that could not be read.
+        last: the number of the last frame that was written.
     """
-    if not shutil.which("ffmpeg"):
-        return "ffmpeg is not on the PATH, so any sound was left out"
-    for codec in ("copy", "aac"):  # MP4 does not take every sound as it is
-        command = [
-            "ffmpeg", "-nostdin", "-v", "error", "-y", "-i", video, "-i", source.resolve(),
-            "-map", "0:v", "-map", "1:a?", "-c:v", "copy", "-c:a", codec, "-t", f"{video_seconds(video):.6f}", output,
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if result.returncode == 0 and count_frames(output) == count_frames(video):
-            return None
-    reasons = result.stderr.strip().splitlines() or ["another number of frames"]
-    return f"the sound was left out: {reasons[-1]}"
 
+    def __init__(self, writer, derain):
+        self.writer, self.derain = writer, derain
+        self.rows, self.lost, self.last = [], [], writer.first - 1
+        self.picture = self.derained = None  # the last picture that could be read, and its result
+        self.waiting = []  # frames before the first one that can be read
+        self.flicker = Flicker()
 
-def count_frames(path):
-    """The number of frames that a video's header declares."""
-    return int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT))
+    def go_through(self, shots, signals):
+        """Derain the frames that are still to be derained.
 
+        Returns:
+            None if these are all, and else the exception that ended it; what is done so far is worth keeping.
 
-def video_seconds(path):
-    """The length in seconds that a video's header declares."""
-    return count_frames(path) / cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS)
+        Raises:
+            OSError: the packets cannot be written.
+        """
+        writer, numbered = self.writer, enumerate(shots, 1)
+        first, last, before = writer.first, writer.last, writer.first - 1 + writer.done
+        try:
+            for number, shot in islice(numbered, before):
+                self.skip(number, shot, number >= first)
+            if writer.done:
+                print(f"{printable(writer.output)}: going on after frame {before}", flush=True)
+            count = writer.source.count
+            total = max(0, min(count, last or count) - before)
+            for number, shot in progress(islice(numbered, last and last - before), "deraining", total=total):
+                self.take(number, shot, signals)
+            signals.holding = True
+        except OSError:
+            raise
+        except (KeyboardInterrupt, Exception) as error:
+            signals.holding = True
+            return error
+        return None
 
+    def skip(self, number, shot, written):
+        """Take a frame that is not derained, because an earlier run has ``written`` it or it is not asked for."""
+        self.picture = shot.picture or self.picture
+        if written:
+            self.writer.skip(shot)
+            self.last = number
+            if shot.picture is None:
+                self.lost.append(number)
 
-class FrameWriter:
-    """Write frames to an MP4 file (MPEG-4), which takes even sizes only: odd ones are cropped by a pixel."""
-
-    def __init__(self, path, rate):
-        self.path, self.rate, self.writer = path, rate, None
-
-    def write(self, frame, copies=1):
-        """Add an (H, W, 3) uint8 RGB frame ``copies`` times; the first frame decides the size of the video."""
-        height, width = frame.shape[:2]
-        even = height // 2 * 2, width // 2 * 2
-        if self.writer is None:
-            if even != (height, width):
-                print(f"MPEG-4 takes even sizes: {width}x{height} is cropped by a pixel")
-            self.writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, even[::-1])
-        picture = cv2.cvtColor(frame[: even[0], : even[1]], cv2.COLOR_RGB2BGR)
-        for _ in range(copies):
-            self.writer.write(picture)
-
-    def close(self):
-        """Complete the file; whether there is one, which takes a frame."""
-        if self.writer is None:
-            return False
-        self.writer.release()
-        return True
-
-
-def derain_frames(frames, writer, derain, total):
-    """Derain frame after frame, until the end or Ctrl-C.
-
-    Args:
-        frames: as ``read_frames`` yields them.
-        writer: the ``FrameWriter`` that takes the result.
-        derain: function of a frame that returns the derained one.
-        total: the number of frames that the video declares, for the progress line.
-
-    Returns:
-        (rows, lost, interrupted) as ``derain_video`` returns them.
-    """
-    rows, lost, flicker = [], [], Flicker()
-    try:
-        for number, frame in enumerate(progress(frames, "deraining", total=total), 1):
-            if frame is None:
-                lost.append(number)
-                if rows:
-                    writer.write(derained)
-                continue
+    def take(self, number, shot, signals):
+        """Derain a frame and write it. One that cannot be read is the one before it once more, or the first one."""
+        if shot.picture is None:
+            self.lost.append(number)
+            if self.picture is None:
+                self.waiting.append(shot)
+                return
+        if shot.picture is not None or self.derained is None:
+            self.picture = shot.picture or self.picture
+            rainy = self.writer.converter.to_rgb(self.picture)
             started = time.perf_counter()
-            derained = derain(frame)
-            copies = 1 if rows else number  # the first frame stands for the unreadable ones before it too
-            rows.append({"frame": number, "seconds": time.perf_counter() - started, **flicker.add(frame, derained)})
-            writer.write(derained, copies)
-    except KeyboardInterrupt:
-        return rows, lost, True
-    return rows, lost, False
+            derained = self.derain(rainy)
+            seconds = time.perf_counter() - started
+            self.derained = self.writer.converter.change(self.picture, rainy, derained)
+            if shot.picture is not None:
+                changes = self.flicker.add(to_uint8(rainy), to_uint8(derained))
+                self.rows.append({"frame": number, "seconds": seconds, **changes})
+        with signals.held():
+            for each in (*self.waiting, shot):
+                self.writer.add(self.derained, each)
+            self.waiting, self.last = [], number
 
 
-def derain_video(source, output, derain):
-    """Derain a video into an MP4 file (MPEG-4). The file appears when it is complete, or when Ctrl-C ends it early.
+def derain_video(path, folder, derain, options):
+    """Derain a video, or numbered pictures, into a video file.
 
-    For a frame that cannot be read, the one before it is repeated, or the first readable one if there is none before,
-    so that sound and picture stay together.
+    A frame that cannot be read is replaced by the one before, or by the first readable one if there is none before,
+    so that sound and picture stay together. Ctrl-C and SIGTERM end the video early.
 
     Args:
-        source: a video that OpenCV reads.
-        output: the .mp4 file to write.
-        derain: function of a frame, (H, W, 3) uint8 RGB, that returns the derained one.
+        path: a video, or a pattern as ``PictureSequence`` takes it.
+        folder: where to write NAME.mp4, or NAME.mkv or NAME.mov where the codec or the other streams want it.
+        derain: function of a frame, (H, W, 3) RGB uint8 or uint16, that returns the derained one in the same form.
+        options: ``VideoOptions``.
 
     Returns:
-        (rows, lost, interrupted): a dictionary for each frame with "frame", "seconds" and what ``Flicker.add``
-        returns; the numbers of the frames that could not be read; whether Ctrl-C ended it.
+        A ``VideoResult``, or None if the result was there already and is kept.
 
     Raises:
-        InputError: not a video, or one without readable frames.
+        InputError: not a video, one without readable frames, one that is HDR, or the output is taken.
         RunError: the output could not be written.
     """
-    capture = open_video(source)
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    if not 0 < rate < 1000:
-        rate = 25.0
-        print(f"{printable(source)}: declares no frame rate; taken as 25 frames a second")
-    declared = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".video-") as folder:
-        silent, with_sound = Path(folder) / "silent.mp4", Path(folder) / "sound.mp4"
-        writer = FrameWriter(silent, rate)
-        rows, lost, interrupted = derain_frames(read_frames(capture), writer, derain, declared)
-        capture.release()
-        if not writer.close():
-            if interrupted:
-                raise KeyboardInterrupt
-            raise InputError(f"--test_data_path {printable(source)}: no frame of this video can be read")
-        # OpenCV does not report a full disk. Ctrl-C may come between a frame's row and its picture.
-        if not len(rows) + len(lost) - interrupted <= count_frames(silent):
-            raise RunError(f"{printable(output)}: could not be written; is the disk full?")
-        complaint = add_sound(silent, Path(source), with_sound)
-        if complaint:
-            print(complaint)
-        (silent if complaint else with_sound).replace(output)
-    if not interrupted and declared - rows[-1]["frame"] > rate:
-        lost += range(rows[-1]["frame"] + 1, declared + 1)
-    return rows, lost, interrupted
+    choice = CODECS[options.codec]
+    if options.crf is not None and options.crf > (choice.worst or -1):
+        wanted = f"0 to {choice.worst}" if choice.worst else "no --crf, as it has no such setting"
+        raise InputError(f"--crf {options.crf}: for --codec {options.codec} expected {wanted}")
+    with closing(open_source(path)) as source:
+        # 1. The first readable frame decides what the output is like
+        shots, leading = source.shots(), []
+        while not (leading and leading[-1].picture):
+            if not (shot := next(shots, None)):
+                raise InputError(f"--test_data_path {path}: no frame of this video can be read")
+            leading.append(shot)
+        picture = leading[-1].picture
+        form = choose_form(picture, source, options.codec)
+        container_name, taken = choose_container(options.codec, source.others, form.aspect in (None, 1))
+        output = Path(folder) / f"{clip_name(path)}{SUFFIXES[container_name]}"
+        task = {
+            "source": source.identity(), "codec": options.codec, "crf": options.crf, "frames": options.frames,
+            **options.settings,
+        }
+        task = json.loads(json.dumps(task))  # as it is read again: lists instead of tuples
+        if check_output(output, source, task, options.overwrite):
+            print(f"{printable(output)} is there already")
+            return None
+        with StopSignals() as signals, locked(Path(f"{beside(output)}.lock"), f"--output_path {folder}"):
+            try:
+                writer = VideoWriter(source, form, options, output, (container_name, taken), task)
+                sentences = describe_form(form, options.codec, picture)
+                sentences += [
+                    f"{describe_stream(stream)} is left out, as {SUFFIXES[container_name]} files take no such stream"
+                    for stream in source.others if stream.index not in taken
+                ]
+                for sentence in sentences:
+                    print(f"{printable(path)}: {sentence}")
+                return run(writer, chain(leading, shots), derain, signals)
+            except OSError as error:
+                raise RunError(f"{output}: could not be written ({error.strerror or error})") from None
+            except KeyboardInterrupt:  # before the first frame
+                return VideoResult(output, [], 0, [], signals.number)
+
+
+def run(writer, shots, derain, signals):
+    """Derain the frames that are still to be derained, and write the output; the result of ``derain_video``."""
+    source, output, first, before = writer.source, writer.output, writer.first, writer.first - 1 + writer.done
+    deraining = Deraining(writer, derain)
+    try:
+        failure = deraining.go_through(shots, signals)
+        complete = failure is None
+        if len(writer.times) > writer.done or complete and writer.times:
+            writer.finish(complete)
+            writer.packets.remove()
+        else:
+            writer.give_up()
+    except (OSError, RunError):
+        writer.packets.remove()
+        raise
+    if failure and not isinstance(failure, KeyboardInterrupt):
+        raise failure
+    if complete and not writer.times:
+        raise InputError(f"--frames {first}:{writer.last}: no such frames, or none that can be read")
+    lost = deraining.lost
+    faults = [f"{len(lost)} frames could not be read, the first of them number {lost[0]}"] if lost else []
+    if complete:
+        faults += source.faults
+    rows = [*read_report(output.with_suffix(".csv"), first, before), *deraining.rows]
+    return VideoResult(output, rows, deraining.last, faults, 0 if complete else signals.number)
+
+
+# The report
+
+
+def read_report(path, first, last):
+    """The rows of an earlier run's NAME.csv for the frames from ``first`` to ``last``."""
+    if last < first or not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["frame"].isdecimal()]
+    rows = [{"frame": int(row.pop("frame")), **{name: float(value) for name, value in row.items()}} for row in rows]
+    return [row for row in rows if first <= row["frame"] <= last]
+
+
+def write_report(path, rows):
+    """Write NAME.csv, the rows and their average, in which NaN do not count; the average."""
+    average = {}
+    for name in COLUMNS[1:]:
+        values = [row[name] for row in rows if not np.isnan(row[name])]
+        average[name] = float(np.mean(values)) if values else float("nan")
+    write_csv(path, COLUMNS, [*rows, {"frame": f"average of {len(rows)}", **average}])
+    return average

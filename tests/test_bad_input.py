@@ -9,7 +9,10 @@ import torch
 
 import train
 from conftest import ROOT, contents, make_pairs, photo, run_subprocess, save
+from images import write_image
+from metadata import Metadata
 from networks import SAPNet
+from outputs import MARK
 from test_data import write_prenet
 from test_train import options, tiny
 
@@ -285,7 +288,8 @@ def test_full_disk_for_tensorboard_and_log(refused, small_disk, pairs_dir, tmp_p
 
 def test_full_disk_while_testing(refused, small_disk, checkpoint, tmp_path):
     disk = small_disk("40k")
-    (disk / "a.png").write_bytes(b"a good result of before")
+    write_image(disk / "a.png", np.zeros((9, 9, 3), np.uint8), Metadata(software=MARK))  # a good result of before
+    before = contents(disk)
     noise = np.random.default_rng(0).integers(0, 256, (120, 140, 3), np.uint8)  # does not compress
     save(tmp_path / "real/a.png", noise)
     message = refused(
@@ -293,7 +297,7 @@ def test_full_disk_while_testing(refused, small_disk, checkpoint, tmp_path):
         status=1, names=[disk / "a.png"],
     )
     assert "No space left" in message
-    assert contents(disk) == {"a.png": b"a good result of before"}
+    assert contents(disk) == before
 
 
 # As a person sees it: separate processes

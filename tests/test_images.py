@@ -1,5 +1,8 @@
 """Pictures of every format, depth and orientation, against Pillow and the arrays that were written."""
+import io
+import os
 import struct
+import sys
 import time
 import zlib
 
@@ -7,10 +10,14 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from conftest import ROOT, photo, save
-from images import find_images, image_size, list_images, open_image, read_image, read_rgb, to_uint8, write_image
+from images import (
+    IMAGE_SUFFIXES, SIGNATURES, WRITTEN, content_of, find_images, image_size, is_image, is_video, list_images,
+    open_image, read_image, read_metadata, read_rgb, to_uint8, write_image,
+)
+from metadata import Metadata, png_chunks
 from utils import InputError
 
 HEIGHT, WIDTH = 20, 30
@@ -144,6 +151,159 @@ def test_size_is_read_from_the_header(tmp_path, suffix):
         read_image(path)
 
 
+# Formats
+
+
+def as_file(picture, kind, **options):
+    """A picture by Pillow as the content of a file."""
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+SOFT = COLOUR // 4 + 96  # colours that a lossy format keeps
+FORMATS = {  # of Pillow: (suffix, options to save with, largest mean error in grey levels)
+    "PNG": (".png", {}, 0), "JPEG": (".jpg", {"quality": 95}, 4), "BMP": (".bmp", {}, 0), "TIFF": (".tif", {}, 0),
+    "WEBP": (".webp", {"lossless": True}, 0), "GIF": (".gif", {}, 4), "PPM": (".ppm", {}, 0),
+    "TGA": (".tga", {"compression": "tga_rle"}, 0), "JPEG2000": (".jp2", {}, 0), "AVIF": (".avif", {"quality": 95}, 4),
+    "HEIF": (".heic", {"quality": 95}, 4),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read_whatever_its_name(tmp_path, kind):
+    """TGA has no signature, so that its suffix must be right."""
+    suffix, options, error = FORMATS[kind]
+    data = as_file(Image.fromarray(SOFT), kind, **options)
+    names = [f"a{suffix}", f"b{suffix.upper()}"] + ([] if kind == "TGA" else ["c", "d.png", "e.dat"])
+    for name in names:
+        (tmp_path / name).write_bytes(data)
+        image = read_image(tmp_path / name)
+        assert image.dtype == np.uint8 and image.shape == (HEIGHT, WIDTH, 3)
+        assert np.abs(image.astype(int) - SOFT).mean() <= error, name
+        assert image_size(tmp_path / name) == (HEIGHT, WIDTH)
+        assert is_image(tmp_path / name) and not is_video(tmp_path / name)
+    assert {path.name for path in list_images(tmp_path)} == set(names)
+    assert content_of(tmp_path / f"a{suffix}") == (None if kind == "TGA" else kind)
+    assert kind == "TGA" or kind in SIGNATURES
+
+
+def test_case_of_suffixes(shared):
+    """The same picture, as far as the formats keep it."""
+    folder = shared / "cases/still_suffixes"
+    pytest.importorskip("pillow_heif")
+    paths = list_images(folder)
+    assert len(paths) == len([path for path in folder.iterdir() if path.is_file()]) == 8
+    reference = read_image(folder / "x_ppm.ppm").astype(int)
+    for path in paths:
+        error = np.abs(read_image(path).astype(int) - reference).mean()
+        assert error < 20, f"{path.name}: {error}"
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "TIFF", "JPEG2000", "AVIF", "HEIF", "TGA"])
+def test_alpha_is_read(tmp_path, kind):
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {"quality": 100} if kind == "AVIF" else {}
+    path = tmp_path / f"a{FORMATS[kind][0]}"
+    path.write_bytes(as_file(Image.fromarray(ALPHA, "RGBA"), kind, **options))
+    assert np.abs(read_image(path).astype(int) - ALPHA)[..., 3].mean() < 4
+
+
+def deep_file(kind):
+    """(content of a file of more than 8 bits a sample, the samples as 16 bits)."""
+    image = deep(photo(1, 48, 64))
+    bgr = np.ascontiguousarray(image[..., ::-1])
+    if kind == "ppm":
+        return b"P6 # made\n64 48\n65535\n" + image.astype(">u2").tobytes(), image
+    if kind == "pgm of 10 bits, as text":
+        grey = image[..., 0] >> 6
+        return b"P2 64 48 1023\n" + b" ".join(b"%d" % level for level in grey.ravel()), grey[..., None] * (65535 / 1023)
+    if kind == "jp2":
+        return cv2.imencode(".jp2", bgr, [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000])[1].tobytes(), image
+    if kind == "avif":
+        depth = [cv2.IMWRITE_AVIF_DEPTH, 10, cv2.IMWRITE_AVIF_QUALITY, 100]
+        return cv2.imencode(".avif", bgr >> 6, depth)[1].tobytes(), (image >> 6) * (65535 / 1023)
+    heif = pytest.importorskip("pillow_heif").from_bytes("RGB;16", (64, 48), np.full_like(image, 65535).tobytes())
+    buffer = io.BytesIO()
+    heif.save(buffer, quality=-1)
+    return buffer.getvalue(), np.full_like(image, 65535)
+
+
+@pytest.mark.parametrize("kind", ["ppm", "pgm of 10 bits, as text", "jp2", "avif", "heic"])
+def test_more_than_8_bits_are_kept(tmp_path, kind):
+    """White is 65535, however many bits the file has."""
+    data, expected = deep_file(kind)
+    (tmp_path / "a").write_bytes(data)
+    image = read_image(tmp_path / "a")
+    assert image.dtype == np.uint16 and image.shape == (48, 64, 3)
+    assert np.abs(image - np.rint(expected).astype(int)).max() <= (1 if kind != "avif" else 64)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_avif_is_turned(tmp_path, orientation):
+    """Its container says how, which Pillow hands on as EXIF."""
+    data = as_file(Image.fromarray(COLOUR), "AVIF", quality=100, subsampling="4:4:4", exif=exif_of(orientation))
+    (tmp_path / "a.avif").write_bytes(data)
+    expected = upright(COLOUR, orientation)
+    assert image_size(tmp_path / "a.avif") == expected.shape[:2]
+    assert np.abs(read_image(tmp_path / "a.avif").astype(int) - expected).mean() < 2
+    as_it_lies = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert as_it_lies.shape[:2] == (HEIGHT, WIDTH), "OpenCV, which reads those of 10 bits, leaves the turning to us"
+
+
+def test_videos_are_known_by_their_content(tmp_path, shared):
+    for name, other in (("video_colour/bars.mkv", "a.dat"), ("video_anamorphic/sar.mp4", "b.jpg")):
+        (tmp_path / other).write_bytes((shared / "cases" / name).read_bytes())
+        assert is_video(tmp_path / other)
+    assert not is_image(tmp_path / "a.dat"), "by its suffix b.jpg may be a picture until it is opened"
+    for name, content in (("c.mp4", b""), ("d.ts", b"G@\x11\x10")):
+        (tmp_path / name).write_bytes(content)
+        assert is_video(tmp_path / name) and not is_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"BMW and other makes of cars", b"P3 is so", b"II. Chapter", b"RIFF1234WAVE"])
+def test_text_is_neither_picture_nor_video(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert not is_image(tmp_path / "a.txt") and not is_video(tmp_path / "a.txt")
+
+
+def test_heic_names_the_package_it_takes(tmp_path, monkeypatch):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x1cftypheic" + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    with pytest.raises(InputError, match="a.heic: not a readable image .HEIC, .* pip install pillow-heif"):
+        read_image(tmp_path / "a.heic")
+
+
+FIRST, SECOND = Image.fromarray(SOFT), Image.fromarray(photo(2, HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_several_frames_are_refused(tmp_path, kind, read):
+    (tmp_path / "a").write_bytes(as_file(FIRST, kind, save_all=True, append_images=[SECOND]))
+    with pytest.raises(InputError, match="a: not a readable image .an animation or several pages; expected a single"):
+        read(tmp_path / "a")
+
+
+def test_the_picture_among_its_previews_is_read(tmp_path):
+    """In a phone's MPO, and in a TIFF with a thumbnail as its second page."""
+    (tmp_path / "a.jpg").write_bytes(as_file(FIRST, "MPO", quality=95, save_all=True, append_images=[SECOND]))
+    with tifffile.TiffWriter(tmp_path / "b.tif") as file:
+        file.write(SOFT, photometric="rgb")
+        file.write(SOFT[::2, ::2], photometric="rgb", subfiletype=1)
+    for name in ("a.jpg", "b.tif"):
+        assert np.abs(read_image(tmp_path / name).astype(int) - SOFT).mean() < 4
+
+
+def test_the_thumbnail_of_a_raw_photograph_is_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.nef") as file:
+        file.write(COLOUR, photometric="rgb", subfiletype=1)
+        file.write(deep(COLOUR), photometric="rgb")
+    with pytest.raises(InputError, match="a.nef: not a readable image .it begins with a thumbnail, as raw"):
+        read_image(tmp_path / "a.nef")
+
+
 # Depth, grey and alpha
 
 
@@ -222,14 +382,162 @@ def test_content_decides_the_format(tmp_path):
     assert read_image(tmp_path / "a.png").shape == (HEIGHT, WIDTH, 3)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    for name in ("pipe", "pipe.png"):
+        os.mkfifo(tmp_path / name)
+        assert not is_video(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: not a readable image .not a file"):
+            read_image(tmp_path / name)
+    assert list_images(tmp_path) == [tmp_path / "pipe.png"], "by its suffix"
+
+
+# What is written
+
+
+def test_every_suffix_that_is_written_is_read(tmp_path):
+    assert WRITTEN.keys() <= IMAGE_SUFFIXES
+    for suffix, kind in WRITTEN.items():
+        path = tmp_path / f"a{suffix}"
+        write_image(path, SOFT, quality=100)
+        assert content_of(path) == kind
+        assert np.abs(read_image(path).astype(int) - SOFT).mean() < 4
+
+
+def test_quality_and_depth_of_lossy_formats(tmp_path):
+    deep_alpha = as_read(KINDS["deep alpha"])
+    for suffix, channels in ((".jpg", 3), (".webp", 4)):
+        sizes = []
+        for quality in (50, 89, 90, 100):
+            write_image(tmp_path / f"a{suffix}", deep_alpha, quality=quality)
+            sizes.append((tmp_path / f"a{suffix}").stat().st_size)
+        assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+        image = read_image(tmp_path / f"a{suffix}")
+        assert image.dtype == np.uint8 and image.shape[2] == channels
+
+
+def test_a_picture_too_large_for_a_format_is_refused(tmp_path):
+    for suffix, side in ((".jpg", 65_501), (".webp", 16_384)):
+        with pytest.raises(InputError, match=f"a{suffix}: .* at most .* px a side; expected --format png"):
+            write_image(tmp_path / f"a{suffix}", np.zeros((1, side, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
+
+
+# Metadata
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+CAMERA = {271: "Maker", 272: "Model", 305: "firmware 1.0", 306: "2026:05:01 10:20:30"}
+EXPOSURE = {36867: "2026:05:01 10:20:30", 33434: 0.005, 42036: "35 mm"}
+PLACE = {1: "N", 2: (51.0, 30.0, 12.5), 3: "E", 4: (7.0, 1.0, 2.0)}
+
+
+def photographed(orientation=6):
+    """EXIF as a camera writes it, with a thumbnail in a maker's note and sizes that will be wrong."""
+    exif = exif_of(orientation)
+    exif.update(CAMERA)
+    exif[34665] = EXPOSURE | {37500: b"thumbnail" * 100, 40962: WIDTH, 40963: HEIGHT}
+    exif[34853] = PLACE
+    return exif
+
+
+def assert_photographed(path, software="SAPNet"):
+    metadata = read_metadata(path)
+    assert metadata.exif.pop(34665) == EXPOSURE and metadata.exif.pop(34853) == PLACE
+    assert metadata.exif == CAMERA | {305: software} and metadata.profile == PROFILE
+    assert b"thumbnail" not in path.read_bytes()
+    with Image.open(path) as picture:
+        assert picture.getexif().get(ORIENTATION_TAG, 1) == 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("kind", ["colour", "alpha", "deep colour", "deep alpha"])
+def test_metadata_is_written_with_the_pixels(tmp_path, suffix, kind):
+    (tmp_path / "in.jpg").write_bytes(as_file(FIRST, "JPEG", exif=photographed(), icc_profile=PROFILE))
+    metadata, path = read_metadata(tmp_path / "in.jpg"), tmp_path / f"out{suffix}"
+    assert metadata.software == "firmware 1.0"
+    write_image(path, KINDS[kind], metadata._replace(software="SAPNet"))
+    assert_photographed(path)
+    assert read_metadata(path).software == "SAPNet"
+    if suffix in (".png", ".tif"):
+        assert np.array_equal(read_image(path), KINDS[kind])
+    write_image(path, KINDS[kind], Metadata(software="SAPNet"))
+    assert read_metadata(path)._replace(exif={}) == Metadata(software="SAPNet")
+    assert read_metadata(path).exif.keys() <= {305}
+    write_image(path, KINDS[kind])
+    assert read_metadata(path) == Metadata()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF", "HEIF", "MPO"])
+def test_metadata_is_read_from_every_format_that_has_it(tmp_path, kind):
+    path = tmp_path / "in"
+    path.write_bytes(as_file(FIRST, kind, exif=photographed(1).tobytes(), icc_profile=PROFILE))
+    write_image(tmp_path / "out.png", COLOUR, read_metadata(path)._replace(software="SAPNet"))
+    assert_photographed(tmp_path / "out.png")
+
+
+def test_the_profile_of_jpeg_2000_is_read(tmp_path):
+    data = as_file(FIRST, "JPEG2000")
+    start = data.index(b"colr") - 4
+    box = struct.pack(">I4s3s", 11 + len(PROFILE), b"colr", b"\2\0\0") + PROFILE
+    grown = len(box) - struct.unpack_from(">I", data, start)[0]
+    header = data.index(b"jp2h") - 4
+    data = (
+        data[:header] + struct.pack(">I", struct.unpack_from(">I", data, header)[0] + grown) + data[header + 4 : start]
+        + box + data[start + len(box) - grown :]
+    )
+    (tmp_path / "a.jp2").write_bytes(data)
+    assert np.array_equal(read_image(tmp_path / "a.jp2"), SOFT)
+    assert read_metadata(tmp_path / "a.jp2").profile == PROFILE
+
+
+@pytest.mark.parametrize("space", [b"CMYK", b"GRAY", b"Lab "])
+def test_a_profile_that_is_none_of_rgb_is_left_out(tmp_path, space):
+    profile = PROFILE[:16] + space + PROFILE[20:]
+    (tmp_path / "a.jpg").write_bytes(as_file(FIRST.convert("CMYK"), "JPEG", icc_profile=profile))
+    assert read_metadata(tmp_path / "a.jpg") == Metadata()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_metadata_costs_no_picture(tmp_path):
+    exif = photographed(1).tobytes()
+    for number, damaged in enumerate((exif[:60], exif[:20] + bytes(40) + exif[60:], b"Exif\0\0MM\0*\xff\xff\xff\xff")):
+        (tmp_path / "a.jpg").write_bytes(as_file(FIRST, "JPEG", exif=damaged, icc_profile=b"none" * 50))
+        assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
+        metadata = read_metadata(tmp_path / "a.jpg")
+        assert metadata.profile is None
+        write_image(tmp_path / "b.jpg", COLOUR, metadata)
+
+
+def test_colours_that_a_png_says_in_chunks_are_kept(tmp_path):
+    colours = {b"gAMA": struct.pack(">I", 100_000), b"cICP": b"\x0c\x0d\0\1", b"cHRM": bytes(range(32))}
+    write_image(tmp_path / "a.png", COLOUR, Metadata(colour=colours))
+    assert read_metadata(tmp_path / "a.png").colour == colours
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.info["gamma"] == 1
+    with open(tmp_path / "a.png", "rb") as file:
+        names = [name for name, _, _ in png_chunks(file)]
+    assert names[0] == b"IHDR" and max(map(names.index, colours)) < names.index(b"IDAT")
+
+
+def test_colours_that_an_avif_says_by_numbers_become_a_chunk(tmp_path):
+    """Display P3's primaries, without an ICC profile."""
+    data = as_file(FIRST, "AVIF")
+    for numbers, expected in ((b"\0\x0c\0\x0d", {b"cICP": b"\x0c\x0d\0\1"}), (b"\0\1\0\x0d", {})):
+        start = data.index(b"colrnclx") + 8
+        (tmp_path / "a.avif").write_bytes(data[:start] + numbers + data[start + 4 :])
+        assert read_metadata(tmp_path / "a.avif").colour == expected
+
+
 # Folders
 
 
 def test_images_of_a_folder_in_natural_order(tmp_path):
-    for name in ("10.png", "9.JPG", "b.webp", "a.tiff", "notes.txt", "below/1.png"):
+    for name in ("10.png", "9.JPG", "b.webp", "a.tiff", "notes.txt", "below/1.png", "c.heic"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.name for path in list_images(tmp_path)] == ["9.JPG", "10.png", "a.tiff", "b.webp"]
+    for name in ("d", "e.png-0123abcd-9.tmp"):  # the second is half a file, of a run that was killed
+        (tmp_path / name).write_bytes(cv2.imencode(".png", COLOUR)[1].tobytes())
+    assert [path.name for path in list_images(tmp_path)] == ["9.JPG", "10.png", "a.tiff", "b.webp", "c.heic", "d"]
     assert find_images(tmp_path, "--clean") == list_images(tmp_path)
 
 

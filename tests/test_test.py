@@ -1,19 +1,25 @@
 """test.py on made folders of all kinds of images."""
 import csv
+import io
 import json
+import os
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
+import inference
 import test as test_script
 from checkpoints import BUNDLED, PUBLISHED_FOLDER, load_network, save_checkpoint
-from conftest import contents, photo, run_subprocess, save, with_rain
-from images import read_image
+from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
+from images import content_of, image_size, read_image, read_metadata
 from metrics import measure
 from networks import SAPNet
+from outputs import MARK, METRICS
+from pairs import find_pairs
 
 
 @pytest.fixture
@@ -22,8 +28,9 @@ def test_run(run, checkpoint, tmp_path):
 
     def start(folder, *extra, status=0, model=checkpoint.parent):
         output = tmp_path / "results"
+        paths = folder if isinstance(folder, list) else [folder]
         result = run(
-            "test", "--save_path", model, "--test_data_path", folder, "--output_path", output, "--device", "cpu", *extra
+            "test", "--save_path", model, "--test_data_path", *paths, "--output_path", output, "--device", "cpu", *extra
         )
         assert result.status == status, result
         return output, result
@@ -39,6 +46,12 @@ def rain100(tmp_path):
         save(tmp_path / f"Rain100/norain-{number}.png", clean)
         save(tmp_path / f"Rain100/rainy/rain-{number}.png", with_rain(clean, number))
     return tmp_path / "Rain100"
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Three small pairs."""
+    return make_pairs(tmp_path / "few", height=16, width=20)
 
 
 def read_csv(path):
@@ -333,7 +346,7 @@ def odd_folders(tmp_path):
 def metrics_of(output):
     """{image's stem: metrics} of a report."""
     rows = read_csv(output / "metrics.csv")
-    return {row["image"].split(".")[0]: [row[name] for name in test_script.METRICS] for row in rows}
+    return {row["image"].split(".")[0]: [row[name] for name in METRICS] for row in rows}
 
 
 def test_clean_path_names_the_clean_images(test_run, odd_folders, pairs_dir):
@@ -558,13 +571,242 @@ def test_a_long_folder_is_gone_on_with(test_run, rain100):
     assert result.out.count("was there") == 13 and read_csv(output / "metrics.csv")[-1]["seconds"] == ""
 
 
-def test_a_result_of_another_image_is_not_measured(test_run, rain100):
-    output, _ = test_run(rain100)
-    save(output / "rain-4.png", photo(1, 9, 9))
-    output, result = test_run(rain100, "--overwrite", False, status=1)
-    assert "rain-4.png" in result.err and "remove it" in result.out
-    output, _ = test_run(rain100)
-    assert read_image(output / "rain-4.png").shape == (20, 20, 3)
+def test_a_result_of_another_image_is_not_measured(test_run, few):
+    output, _ = test_run(few)
+    test_run(save(few.parent / "other/rain-2.png", photo(1, 9, 9)))  # into the same folder
+    output, result = test_run(few, "--overwrite", False, status=1)
+    assert "rain-2.png" in result.err and "remove it" in result.out
+    output, _ = test_run(few)
+    assert read_image(output / "rain-2.png").shape == (16, 20, 3)
+
+
+# Nothing of other people is overwritten
+
+
+def test_case_of_a_neighbour(refused, test_run, shared, checkpoint, tmp_path):
+    """IMG_1.jpg is derained beside another IMG_1.png."""
+    folder = shutil.copytree(shared / "cases/overwrites_neighbour/photos", tmp_path / "photos")
+    before = contents(folder)
+    arguments = ("--save_path", checkpoint, "--test_data_path", folder / "IMG_1.jpg", "--output_path", folder)
+    refused("test", *arguments, names=["--output_path", folder, "IMG_1.png"])
+    assert contents(folder) == before
+    test_run(folder / "IMG_1.jpg", "--output_path", folder, "--suffix", "_derained")
+    after = contents(folder)
+    assert after.keys() - before.keys() == {"IMG_1_derained.png", "metrics.csv"}
+    assert {name: after[name] for name in before} == before
+
+
+TAKEN = ("a.png", "metrics.csv", "comparison/a.jpg", "contact_sheet.jpg")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("kind", ["file", "picture", "folder", "link"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_lies_there_is_not_overwritten(refused, checkpoint, tmp_path, name, kind, overwrite):
+    save(tmp_path / "in/a.png", photo(1, 12, 12))
+    output = tmp_path / "out"
+    save(tmp_path / "mine.png", photo(2, 12, 12))
+    taken = output / name
+    taken.parent.mkdir(parents=True)
+    if kind == "file":
+        taken.write_text("image,mine\na.png,1\n")
+    elif kind == "picture":
+        taken.write_bytes((tmp_path / "mine.png").read_bytes())
+    elif kind == "folder":
+        taken.mkdir()
+    else:
+        taken.symlink_to(tmp_path / "mine.png")
+    before = contents(tmp_path)
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", output,
+        "--comparison", "--overwrite", overwrite, names=["--output_path", output, name],
+    )
+    assert contents(tmp_path) == before and os.path.lexists(taken)
+
+
+def test_all_that_is_taken_is_named(refused, checkpoint, tmp_path):
+    """Before the first is derained, and the first few of many."""
+    for number in range(9):
+        save(tmp_path / f"in/{number}.jpg", photo(number, 12, 12))
+        if number:
+            save(tmp_path / f"out/{number}.png", photo(number, 12, 12))
+    arguments = ("--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out")
+    before = contents(tmp_path)
+    message = refused("test", *arguments, names=["1.png, 2.png, 3.png, 4.png, 5.png and 3 more would be overwritten"])
+    assert "0.png" not in message and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "webp", "same"])
+def test_results_of_an_earlier_run_are_replaced(test_run, few, form):
+    """Known by their mark, metrics.csv or not; another run into the same folder has left its own."""
+    output, _ = test_run(few, "--comparison", "--format", form)
+    (output / "metrics.csv").unlink()
+    for path in output.rglob("*.*"):
+        assert read_metadata(path).software == MARK
+    before = contents(output)
+    output, result = test_run(few, "--comparison", "--format", form)
+    assert {name: data for name, data in contents(output).items() if name != "metrics.csv"} == before
+    assert "was there" not in result.out
+    (output / "metrics.csv").unlink()  # as after a run that was killed
+    _, result = test_run(few, "--format", form, "--overwrite", False)
+    assert result.out.count("was there") == 4
+
+
+def test_results_without_a_mark_are_known_by_the_report(test_run, refused, checkpoint, few):
+    """Such are those of earlier versions, which named their rows and results as today's do."""
+    output, _ = test_run(few, "--comparison")
+    for path in output.rglob("*.*"):
+        if path.suffix != ".csv":
+            save(path, read_image(path))
+            assert read_metadata(path).software is None
+    test_run(few, "--comparison", "--overwrite", False)
+    test_run(few, "--comparison")
+    save(output / "rain-2.png", photo(1, 12, 12))
+    lines = (output / "metrics.csv").read_text().splitlines()
+    (output / "metrics.csv").write_text("\n".join(line for line in lines if not line.startswith("rain-2.png")))
+    arguments = ("--save_path", checkpoint, "--test_data_path", few, "--output_path", output)
+    refused("test", *arguments, names=[output, "rain-2.png would be overwritten"])
+    (output / "rain-2.png").unlink()
+    test_run(few)
+
+
+def test_results_beside_their_inputs_are_no_inputs(test_run, tmp_path):
+    """A second run derains the photographs again, and not the results."""
+    for name in ("a.jpg", "b.png", "below/c.jpg"):
+        save(tmp_path / "in" / name, photo(1, 12, 12))
+    for flags, names in (((), {"a", "b"}), (("--recursive",), {"a", "b", "below/c"})):
+        for again in (False, True):
+            _, result = test_run(
+                tmp_path / "in", "--output_path", tmp_path / "in", "--suffix", "_derained", "--comparison", *flags
+            )
+            results = {name for name in contents(tmp_path / "in") if name.endswith("_derained.png")}
+            assert results == {f"{name}_derained.png" for name in names}
+            assert f"{len(names)} images in" in result.out
+            assert not again or "(results of an earlier run): a_derained.png, b_derained.png" in result.out
+
+
+def test_results_beside_pairs_and_videos_are_no_inputs(test_run, shared, few):
+    """Nor is such a result an image left out, which would be kept from being written again."""
+    shutil.copy(shared / "cases/overwrites_neighbour/videos/a.ts", few / "clip.ts")
+    for _ in range(2):
+        _, result = test_run(few, "--output_path", few, "--suffix", "_x", "--recurrent_iter", 1)
+        assert "average of 3 " in result.out
+        derained = {name for name in contents(few) if "rain-" not in name} - {"metrics.csv", "clip.ts", "clip.csv"}
+        assert len(derained) == 1 and len(list(few.glob("rain-*_x.png"))) == len(list(few.glob("*_x.png"))) == 3
+    assert "(results of an earlier run): clip.mp4, rain-1_x.png, rain-2_x.png, rain-3_x.png" in result.out
+
+
+# Formats, names and what a file says beside its pixels
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def photographed(path, **options):
+    """A JPEG as a phone writes it: to be turned, with profile, date, camera, place and a thumbnail."""
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 271: "Maker", 34665: {36867: "2026:05:01 10:20:30", 37500: b"thumbnail"}})
+    exif[34853] = {1: "N", 2: (51.0, 30.0, 12.5)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo(1, 20, 30)).save(path, exif=exif, icc_profile=PROFILE, **options)
+    return path
+
+
+@pytest.mark.parametrize("form, name", [("png", "a.png"), ("jpg", "a.jpg"), ("webp", "a.webp"), ("same", "a.JPG")])
+def test_a_result_says_what_its_photograph_says(test_run, tmp_path, form, name):
+    photographed(tmp_path / "in/a.JPG")
+    output, _ = test_run(tmp_path / "in", "--format", form)
+    metadata = read_metadata(output / name)
+    assert metadata.profile == PROFILE and metadata.exif[271] == "Maker"
+    assert metadata.exif[34665] == {36867: "2026:05:01 10:20:30"} and metadata.exif[34853][2] == (51.0, 30.0, 12.5)
+    assert b"thumbnail" not in (output / name).read_bytes()
+    assert image_size(output / name) == (30, 20), "turned, and not to be turned again"
+    output, _ = test_run(tmp_path / "in", "--format", form, "--metadata", False)
+    metadata = read_metadata(output / name)
+    assert metadata.profile is None and metadata.exif.keys() <= {305} and metadata.software == MARK
+
+
+def seen(path):
+    """The colours of a picture as sRGB, by the profile that it has."""
+    with Image.open(path) as picture:
+        profile = picture.info.get("icc_profile")
+        if not profile:
+            return np.asarray(picture.convert("RGB")).astype(int)
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.createProfile("sRGB")
+        return np.asarray(ImageCms.profileToProfile(picture.convert("RGB"), source, target)).astype(int)
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "webp", "same"])
+@pytest.mark.parametrize("wide, plain", [("p3.png", "scene_srgb.png"), ("p3.jpg", "scene_srgb.png"),
+                                         ("bars_p3.png", "bars_srgb.png")])
+def test_colours_look_as_they_did(shared, test_run, wide, plain, form):
+    """A photograph in Display P3, and the same in sRGB."""
+    folder = shared / "cases/icc_profile"
+    shift = np.abs(seen(folder / wide) - seen(folder / plain)).mean()
+    assert shift < 3 < np.abs(read_image(folder / wide).astype(int) - seen(folder / plain)).mean()
+    output, _ = test_run([folder / wide, folder / plain], "--format", form, model=BUNDLED / "light.pth")
+    results = [next(output.glob(f"{name.split('.')[0]}.*")) for name in (wide, plain)]
+    error = np.abs(seen(results[0]) - seen(results[1])).mean()
+    assert error < 4 and 2 * error < np.abs(read_image(results[0]) - seen(results[1])).mean(), "without its profile"
+
+
+def test_formats_that_are_kept_and_those_that_are_not(test_run, tmp_path):
+    image = photo(1, 20, 24)
+    for name in ("a.jpeg", "b.PNG", "c.tif", "d.webp", "e.bmp"):
+        save(tmp_path / "in" / name, image)
+    (tmp_path / "in/f.png").write_bytes((tmp_path / "in/a.jpeg").read_bytes())  # its content counts
+    save(tmp_path / "in/g.tif", deep(image))
+    Image.fromarray(image).save(tmp_path / "in/h.gif")
+    output, result = test_run(tmp_path / "in", "--format", "same")
+    names = {"a.jpeg", "b.PNG", "c.tif", "d.webp", "e.png", "f.jpg", "g.tif", "h.png", "metrics.csv"}
+    assert set(contents(output)) == names
+    assert "--format same: as PNG e.bmp, h.gif" in result.out.splitlines()
+    for path in output.glob("[a-h].*"):
+        source = next((tmp_path / "in").glob(f"{path.stem}.*"))
+        assert path.suffix == ".png" or content_of(path) == content_of(source)
+        assert read_image(path).dtype == read_image(source).dtype
+
+
+def test_what_a_format_does_not_hold_is_said_once(test_run, tmp_path):
+    kinds = {"deep": KINDS["deep.png"], "alpha": KINDS["alpha.png"], "plain": KINDS["colour.png"]}
+    for name, image in kinds.items():
+        save(tmp_path / f"in/{name}.png", image)
+    for form, reduced in (("jpg", "2: alpha.png, deep.png"), ("webp", "1: deep.png"), ("png", None)):
+        output, result = test_run(tmp_path / "in", "--format", form)
+        lines = [line for line in result.out.splitlines() if "has not kept" in line]
+        assert lines == [f"--format {form} has not kept the alpha or 16 bits of {reduced}"] * bool(reduced)
+        assert read_image(output / f"deep.{form}").dtype == (np.uint16 if form == "png" else np.uint8)
+        assert read_image(output / f"alpha.{form}").shape[2] == (3 if form == "jpg" else 4)
+
+
+def test_quality_decides_the_size_and_what_is_written_is_measured(test_run, few):
+    sizes, scores = [], []
+    for quality in (20, 95):
+        output, _ = test_run(few, "--format", "jpg", "--quality", quality)
+        sizes.append(sum(path.stat().st_size for path in output.glob("*.jpg")))
+        row = read_csv(output / "metrics.csv")[1]
+        scores.append(float(row["psnr_y"]))
+        expected = measure(read_image(output / "rain-2.jpg"), read_image(few / "norain-2.png"))
+        assert scores[-1] == pytest.approx(expected["psnr_y"], abs=1e-6)
+    assert sizes[0] < sizes[1] and scores[0] != scores[1]
+
+
+def test_names_that_differ_by_case_do_not_collide(test_run, tmp_path):
+    """Where upper and lower case are one, as on a Mac."""
+    save(tmp_path / "in/a.png", photo(1, 12, 12))
+    save(tmp_path / "in/A.jpg", photo(2, 12, 12))
+    output, _ = test_run(tmp_path / "in", "--suffix", "_x")
+    assert set(contents(output)) == {"a.png_x.png", "A.jpg_x.png", "metrics.csv"}
+
+
+@pytest.mark.parametrize("option", [("--quality", 0), ("--quality", 101), ("--suffix", "a/b"), ("--format", "gif")])
+def test_bad_options_of_results_are_refused(refused, checkpoint, one_image, tmp_path, option):
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", one_image, "--output_path", tmp_path / "out", *option,
+        names=[option[0]],
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("victim", ["contact_sheet.jpg", "comparison/a.jpg"])
@@ -577,6 +819,269 @@ def test_panels_do_not_overwrite_an_input(refused, checkpoint, tmp_path, victim)
         "--recursive", "--comparison", names=["--output_path"],
     )
     assert contents(tmp_path / "in") == before
+
+
+# Several paths, and whatever else a folder holds
+
+
+def test_case_of_a_glob(shared, test_run):
+    """photos/*.jpg, which the shell expands."""
+    paths = sorted((shared / "cases/glob_inputs/input").glob("*.jpg"))
+    output, _ = test_run(paths)
+    assert set(contents(output)) == {"1.png", "2.png", "3.png", "metrics.csv"}
+    assert [row["image"] for row in read_csv(output / "metrics.csv")] == ["1.jpg", "2.jpg", "3.jpg", "average of 3"]
+
+
+def test_files_and_folders_mirror_below_the_folder_that_they_share(test_run, few, tmp_path):
+    """Equal names stay apart, in the folders and in the report; the pairs are found and measured."""
+    save(tmp_path / "photos/rain-1.jpg", photo(7, 12, 12))
+    save(tmp_path / "photos/deep/rain-1.jpg", photo(8, 12, 14))
+    output, _ = test_run([few, tmp_path / "photos/rain-1.jpg", tmp_path / "photos/deep"])
+    names = [f"few/rain-{number}.png" for number in (1, 2, 3)] + ["photos/rain-1.jpg", "photos/deep/rain-1.jpg"]
+    assert set(contents(output)) == {name.replace(".jpg", ".png") for name in names} | {"metrics.csv"}
+    rows = read_csv(output / "metrics.csv")
+    assert [row["image"] for row in rows] == [*names, "average of 3"]
+    assert [bool(row["psnr_y"]) for row in rows] == [True, True, True, False, False, True]
+    assert read_image(output / "photos/deep/rain-1.png").shape == (12, 14, 3)
+
+
+def test_several_paths_have_a_folder_under_results(run, checkpoint, few, monkeypatch):
+    monkeypatch.chdir(few.parent)
+    result = run("test", "--save_path", checkpoint, "--test_data_path", "few/rain-1.png", "few/rain-3.png")
+    assert result.status == 0 and "2 images in results/few/model-net_latest" in result.out, result
+
+
+def test_a_glob_may_have_caught_other_files(test_run, refused, checkpoint, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("notes.txt", "more.txt"):
+        (tmp_path / "in" / name).write_text("about")
+    arguments = ("--save_path", checkpoint, "--output_path", tmp_path / "out", "--test_data_path")
+    refused("test", *arguments, *(tmp_path / "in").iterdir(), names=["--test_data_path", "neither an image nor a"])
+    save(tmp_path / "in/a.png", photo(1, 12, 12))
+    _, result = test_run([*sorted((tmp_path / "in").iterdir()), tmp_path / "in/a.png"])
+    assert "1 images in" in result.out and "not processed: more.txt, notes.txt" in result.out.splitlines()
+
+
+def test_a_path_that_is_missing_among_several_is_named(refused, checkpoint, few, tmp_path):
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", few, tmp_path / "none.jpg", "--output_path",
+        tmp_path / "out", names=["--test_data_path", tmp_path / "none.jpg"],
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_carry_the_path_below_the_folder(test_run, tmp_path):
+    names = ["a.png", "x/a.png", "x/y/a.png"]
+    for number, name in enumerate(names):
+        save(tmp_path / "in" / name, photo(number, 12, 12))
+    (tmp_path / "in/x/bad.png").write_bytes(b"")
+    output, result = test_run(tmp_path / "in", "--recursive", status=1)
+    assert [row["image"] for row in read_csv(output / "metrics.csv")] == [*names, "average of 3"]
+    assert result.err == "test.py: error: 1 of 4 images failed: x/bad.png\n"
+
+
+def test_case_of_a_folder_with_pictures_and_videos(shared, test_run, tmp_path):
+    """All of them, and every file that is neither is named once."""
+    pytest.importorskip("pillow_heif")
+    folder = shutil.copytree(shared / "cases/still_suffixes/folder", tmp_path / "in")
+    (folder / "readme.txt").write_text("about")
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "damaged.mov").write_bytes(b"")
+    (folder / ".hidden").touch()
+    output, result = test_run(folder, "--recurrent_iter", 1, status=1)
+    done = {"IMG_0001.png", "x_jfif.png", "ref.png", "metrics.csv"}
+    assert {name for name in contents(output) if not name.startswith("plain.")} == done
+    assert [path.stem for path in output.glob("plain.*") if path.suffix != ".csv"] == ["plain"]
+    assert result.err == "test.py: error: 2 of 6 files failed: damaged.jpg, damaged.mov\n"
+    assert result.out.count("readme.txt") == 1 and "not processed: readme.txt" in result.out.splitlines()
+    assert ".hidden" not in result.out
+
+
+def test_a_folder_of_videos_alone_and_one_of_neither(test_run, refused, shared, checkpoint, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(shared / "cases/still_suffixes/folder/plain.mp4", tmp_path / "in/plain.dat")
+    output, _ = test_run(tmp_path / "in", "--recurrent_iter", 1)
+    assert "plain" in {path.stem for path in output.iterdir()}
+    (tmp_path / "in/plain.dat").write_text("rain")
+    for flags in ((), ("--recursive",)):
+        refused(
+            "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", *flags,
+            names=["--test_data_path", tmp_path / "in", "neither images nor videos"],
+        )
+
+
+def test_stray_files_of_a_data_set_are_named(test_run, few, tmp_path):
+    for number in (1, 2, 3):
+        for kind, name in (("input", f"rain-{number}.png"), ("target", f"norain-{number}.png")):
+            (tmp_path / "set" / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(few / name, tmp_path / "set" / kind / f"{number}.png")
+    save(tmp_path / "set/cover.jpg", photo(9, 12, 12))
+    (tmp_path / "set/input/list.txt").write_text("1 2 3")
+    _, result = test_run(tmp_path / "set")
+    assert "left out 1 (no pair by their names): cover.jpg" in result.out
+    assert "not processed: input/list.txt" in result.out.splitlines()
+    assert read_csv(tmp_path / "results/metrics.csv")[-1]["image"] == "average of 3"
+
+
+# One bad picture
+
+
+def test_an_image_without_room_on_the_disk_does_not_cost_the_others(test_run, small_disk, tmp_path, monkeypatch):
+    """Its feature maps are mapped from a file, for which there is no room."""
+    disk = small_disk("1m")
+    monkeypatch.setattr(inference.tempfile, "tempdir", str(disk))
+    for name, side in (("a", 12), ("b", 100), ("c", 12)):
+        save(tmp_path / f"in/{name}.png", photo(1, side, side))
+    output, result = test_run(tmp_path / "in", "--max_memory", 0, status=1)
+    assert result.err == "test.py: error: 1 of 3 images failed: b.png\n"
+    assert f"error: {tmp_path / 'in/b.png'}: {disk}" in result.out and "No space left" in result.out
+    assert set(contents(output)) == {"a.png", "c.png", "metrics.csv"} and not list(disk.iterdir())
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    OSError(12, "Cannot allocate memory"),
+])
+def test_want_of_memory_does_not_cost_the_others(test_run, few, monkeypatch, error):
+    derain = test_script.derain
+
+    def scarce(runner, image, device):
+        if (image == read_image(few / "rain-2.png")).all():
+            raise error
+        return derain(runner, image, device)
+
+    monkeypatch.setattr(test_script, "derain", scarce)
+    output, result = test_run(few, status=1)
+    assert result.err == "test.py: error: 1 of 3 images failed: rain-2.png\n"
+    assert f"error: {few / 'rain-2.png'}: " in result.out and "emory" in result.out
+    assert read_csv(output / "metrics.csv")[-1]["image"] == "average of 2"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ZeroDivisionError(), KeyError("psnr")])
+def test_a_fault_of_ours_keeps_its_traceback(test_run, few, monkeypatch, error):
+    def broken(*arguments):
+        raise error
+
+    monkeypatch.setattr(test_script, "derain", broken)
+    with pytest.raises(type(error)):
+        test_run(few)
+
+
+def test_the_only_picture_that_fails_has_its_reason_as_the_error(test_run, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    _, result = test_run(tmp_path / "a.png", status=1)
+    assert result.err.startswith(f"test.py: error: {tmp_path / 'a.png'}: not a readable image")
+
+
+def test_a_full_disk_ends_the_run(test_run, small_disk, tmp_path):
+    disk = small_disk("64k")
+    for name in ("a", "b", "c"):
+        noise = np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8)
+        save(tmp_path / f"in/{name}.png", noise)
+    _, result = test_run(tmp_path / "in", "--output_path", disk / "out", status=1)
+    assert result.err.startswith(f"test.py: error: {disk / 'out/b.png'}: could not be written (No space left")
+    assert "c.png" not in result.out and set(contents(disk / "out")) == {"a.png"}
+
+
+# --results_path
+
+
+def other_method(few, folder, name):
+    """Results of another method: the rainy images, darker; ``name(number)`` is how each is called."""
+    for number in (1, 2, 3):
+        save(folder / name(number), read_image(few / f"rain-{number}.png") // 2)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rain-{}.png", "norain-{}.png", "{}.png", "00{}.webp", "Rain-0{}.TIFF"])
+def test_results_of_another_method_are_measured(run, few, tmp_path, monkeypatch, name):
+    """By the protocol and into the report of any run, without a network; nothing is written to their folder."""
+    folder = other_method(few, tmp_path / "theirs", lambda number: name.format(number))
+    before = contents(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(test_script, "load_network", None)
+    result = run("test", "--results_path", folder, "--test_data_path", few)
+    assert result.status == 0, result
+    rows = read_csv(tmp_path / "results/few/measured-theirs/metrics.csv")
+    assert [row["image"] for row in rows] == [*(f"rain-{number}.png" for number in (1, 2, 3)), "average of 3"]
+    for number, row in enumerate(rows[:-1], 1):
+        result_path = folder / name.format(number)
+        scores = measure(read_image(result_path), read_image(few / f"norain-{number}.png"))
+        assert {key: float(row[key]) for key in scores} == pytest.approx(scores, abs=1e-6)
+        assert row["seconds"] == ""
+    assert len(lines_with_metrics(result)) == 4 and "weights" not in result.out
+    assert contents(folder) == before
+    assert set(contents(tmp_path / "results")) == {"few/measured-theirs/metrics.csv"}
+
+
+@pytest.mark.parametrize("name", ["Rain1400_sep", "Rain200L_orig", "SPA_real_test_1000", "Rain800_sep"])
+@pytest.mark.parametrize("which", [0, 1], ids=["rainy", "clean"])
+def test_results_of_public_sets_are_found_by_either_name(run, shared, tmp_path, name, which):
+    folder = shared / "cases/layouts" / name
+    (tmp_path / "theirs").mkdir()
+    for pair in find_pairs(folder).pairs:
+        shutil.copy(pair.clean, tmp_path / "theirs" / f"{pair[which].stem}{pair.clean.suffix}")
+    result = run("test", "--results_path", tmp_path / "theirs", "--test_data_path", folder, "--output_path", tmp_path)
+    assert result.status == 0, result
+    assert [row["psnr_y"] for row in read_csv(tmp_path / "metrics.csv")] == ["inf"] * 4
+
+
+def test_a_clean_image_of_several_rainy_ones_names_no_result(run, refused, shared, tmp_path):
+    folder = shared / "cases/val_leak/Rain12600"
+    arguments = ("test", "--test_data_path", folder, "--output_path", tmp_path / "out", "--results_path")
+    refused(*arguments, folder / "ground_truth", names=["no picture goes by its name with"])
+    result = run(*arguments, folder / "rainy_image")
+    assert result.status == 0 and "average of 6 " in result.out, result
+
+
+def test_missing_and_surplus_results_are_named(run, few, tmp_path):
+    folder = other_method(few, tmp_path / "theirs", lambda number: f"rain-{number}.png")
+    (folder / "rain-2.png").rename(folder / "cat.png")
+    save(folder / "rain-3.png", photo(1, 9, 9))
+    result = run(
+        "test", "--results_path", folder, "--test_data_path", few, "--output_path", tmp_path / "out", "--comparison"
+    )
+    assert result.status == 1, result
+    assert result.err == f"test.py: error: --results_path {folder}: no result of 1 images: rain-2.png\n"
+    assert f"{folder}: left out 1 (no image of the set by their names): cat.png" in result.out
+    assert "rain-3.png is not the result of" in result.out
+    assert set(contents(tmp_path / "out")) == {"metrics.csv", "comparison/rain-1.jpg", "contact_sheet.jpg"}
+    assert read_csv(tmp_path / "out/metrics.csv")[-1]["image"] == "average of 1"
+
+
+def test_a_report_goes_into_the_other_methods_folder_only_on_request(run, refused, few, tmp_path):
+    folder = other_method(few, tmp_path / "theirs", lambda number: f"rain-{number}.png")
+    arguments = ("test", "--results_path", folder, "--test_data_path", few, "--output_path", folder)
+    (folder / "metrics.csv").write_text("theirs")
+    refused(*arguments, names=["metrics.csv would be overwritten"])
+    (folder / "metrics.csv").unlink()
+    assert run(*arguments).status == run(*arguments).status == 0
+
+
+@pytest.mark.parametrize("names, said", [
+    (["rain-1.png", "norain-1.png"], "may both be the result of rain-1.png"),
+    (["rain-1.png", "rain-1.jpg"], "may both be the result of rain-1.png"),
+    (["cat.png"], "no picture goes by its name with"), ([], "no images"), (None, "no such folder"),
+])
+def test_results_that_are_not_clear_are_refused(refused, few, tmp_path, names, said):
+    if names is not None:
+        (tmp_path / "theirs").mkdir()
+        for name in names:
+            save(tmp_path / "theirs" / name, photo(1, 16, 20))
+    refused(
+        "test", "--results_path", tmp_path / "theirs", "--test_data_path", few, "--output_path", tmp_path / "out",
+        names=[f"--results_path {tmp_path / 'theirs'}", said],
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_deraining_do_not_go_with_measuring(refused, checkpoint, few, tmp_path):
+    arguments = ("test", "--results_path", few, "--output_path", tmp_path / "out", "--test_data_path")
+    for option in (("--save_path", checkpoint), ("--recursive",), ("--self_ensemble",)):
+        refused(*arguments, few, *option, names=["--results_path", option[0]])
+    refused(*arguments, few / "rain-1.png", names=["--results_path", "rain-1.png"])
+    refused(*arguments, few, tmp_path, names=["--results_path", "expected a folder"])
 
 
 # Which network

@@ -1,6 +1,7 @@
 """Damaged and hostile files: thousands of mutants through the readers, each read or refused by name."""
 import io
 import json
+import re
 import resource
 import signal
 import struct
@@ -12,18 +13,26 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from checkpoints import load_network, load_weights
 from conftest import contents, photo
 from DerainDataset import PackedPatches, PReNetPatches, fingerprint, pack, plan_cuts
-from images import image_size, read_image, read_rgb
+from images import image_size, read_image, read_metadata, read_rgb
+from metadata import encode as encode_result
 from networks import SAPNet
 from pairs import Pair
 from test_train import options
 from training_sets import PRENET_FILES, TrainingSet
 from utils import InputError
-from warm import Fork, figure
+from warm import Fork, figure, run_script
+
+try:
+    import pillow_heif
+except ImportError:  # it is optional
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
 
 SECONDS = 10  # for one file
 MEMORY = 2 * 2**30  # what a reader may take, all in all
@@ -96,6 +105,11 @@ def mutate(data, random, edge):
     return bytes(data)
 
 
+def suffix_of(name):
+    """The suffix that the file of a seed must have."""
+    return ".tga" if name.startswith("tga") else ""
+
+
 def limit_memory(size):
     """Let this process map ``size`` bytes more than it has."""
     with open("/proc/self/statm") as file:
@@ -113,8 +127,10 @@ def examine(report, path, seeds, count, edge, read, as_good):
     limit_memory(2 * MEMORY)
     random, names = np.random.default_rng(0), sorted(seeds)
     result = {"same": 0, "other": 0, "refused": 0, "slowest": 0, "faults": []}
+    stem = path
     for number in range(count):
         name = names[number % len(names)]
+        path = stem.with_suffix(suffix_of(name))
         data = mutate(seeds[name], random, edge)
         if name.startswith("png") and random.random() < 0.7:
             data = with_valid_checksums(data)
@@ -139,7 +155,7 @@ def check(tmp_path, capsys, title, count, edge, make):
     """Let a process ``examine`` the files that ``make(folder)`` gives; it must live, and find nothing."""
     report, path = tmp_path / "report", tmp_path / "mutant"
     fork = Fork(tmp_path / "log", examine_made, make, tmp_path, report, path, count, edge)
-    assert fork.wait() == 0, f"{path} ended or hung its reader\n{fork.log.read_text()[-2000:]}"
+    assert fork.wait(300) == 0, f"{path} ended or hung its reader\n{fork.log.read_text()[-2000:]}"
     result = json.loads(report.read_text())
     assert not result["faults"], "\n".join(result["faults"][:20])
     assert result["memory"] < MEMORY
@@ -173,16 +189,35 @@ def image_seeds():
     exif[0x0112] = 6
     alpha = rgb.convert("RGBA")
     alpha.putalpha(rgb.convert("L"))
+    exif[0x010F], exif[0x8825] = "Camera", {1: "N", 2: (51.0, 30.0, 0.0)}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     seeds = {
         "png rgb": encode(rgb, "PNG"), "png grey": encode(rgb.convert("L"), "PNG"), "png rgba": encode(alpha, "PNG"),
         "png palette": encode(rgb.quantize(16), "PNG", transparency=3), "png bits": encode(rgb.convert("1"), "PNG"),
-        "png text": encode(rgb, "PNG", exif=exif, icc_profile=bytes(200)),
-        "jpeg": encode(rgb, "JPEG"), "jpeg progressive": encode(rgb, "JPEG", progressive=True, exif=exif),
+        "png text": encode(rgb, "PNG", exif=exif, icc_profile=profile),
+        "jpeg": encode(rgb, "JPEG", icc_profile=profile),
+        "jpeg progressive": encode(rgb, "JPEG", progressive=True, exif=exif),
         "jpeg cmyk": encode(rgb.convert("CMYK"), "JPEG"), "jpeg grey": encode(rgb.convert("L"), "JPEG"),
         "bmp": encode(rgb, "BMP"), "bmp palette": encode(rgb.quantize(16), "BMP"),
-        "webp": encode(rgb, "WEBP"), "webp lossless": encode(alpha, "WEBP", lossless=True),
-        "webp animated": encode(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(90)]),
+        "webp": encode(rgb, "WEBP", exif=exif, icc_profile=profile),
+        "webp lossless": encode(alpha, "WEBP", lossless=True),
+        "mpo": encode(rgb, "MPO", save_all=True, append_images=[rgb.resize((20, 16))]),
+        "gif": encode(rgb, "GIF"), "gif clear": encode(rgb.quantize(16), "GIF", transparency=3),
+        "ppm": encode(rgb, "PPM"), "ppm grey": encode(rgb.convert("L"), "PPM"),
+        "ppm bits": encode(rgb.convert("1"), "PPM"), "ppm deep": b"P6 50 40 65535\n" + deep.astype(">u2").tobytes(),
+        "ppm text": b"P3 # made\n50 40\n65535\n" + b" ".join(b"%d" % value for value in deep.ravel()),
+        "tga": encode(rgb, "TGA"), "tga rle": encode(alpha, "TGA", compression="tga_rle"),
+        "jp2": encode(rgb, "JPEG2000"), "jp2 tiles": encode(alpha, "JPEG2000", tile_size=(32, 32)),
+        "jp2 codestream": encode(rgb.convert("L"), "JPEG2000", no_jp2=True),
+        "avif": encode(rgb, "AVIF", exif=exif, icc_profile=profile), "avif alpha": encode(alpha, "AVIF"),
     }
+    for suffix in ("jp2", "avif"):
+        seeds[f"{suffix} deep"] = cv2.imencode(f".{suffix}", deep >> 6, [cv2.IMWRITE_AVIF_DEPTH, 10])[1].tobytes()
+    if pillow_heif:
+        seeds |= {"heic": encode(rgb, "HEIF", exif=exif, icc_profile=profile), "heic alpha": encode(alpha, "HEIF")}
+        file = io.BytesIO()
+        pillow_heif.from_bytes("RGB;16", rgb.size, deep.tobytes()).save(file)
+        seeds["heic deep"] = file.getvalue()
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"):
         seeds[f"tiff {compression}"] = encode(rgb, "TIFF", compression=compression)
     for suffix in ("png", "tiff"):
@@ -195,13 +230,17 @@ def make_images(folder):
     seeds, good = image_seeds(), {}
 
     def read(path):
-        size, image = image_size(path), read_image(path)
+        """The pixels; whatever the file says beside them can be written in each format."""
+        size, image, metadata = image_size(path), read_image(path), read_metadata(path)
         assert image.shape[:2] == size and image.shape[2] in (3, 4) and image.dtype in (np.uint8, np.uint16)
+        for kind in ("PNG", "TIFF", "JPEG", "WEBP"):
+            encode_result(image[:2, :2], kind, metadata, 90)
         return image
 
     for name, data in seeds.items():
-        (folder / "seed").write_bytes(data)
-        good[name] = read(folder / "seed")
+        path = folder / f"seed{suffix_of(name)}"
+        path.write_bytes(data)
+        good[name] = read(path)
     return seeds, read, lambda name, image: np.array_equal(image, good[name])
 
 
@@ -218,9 +257,21 @@ def declare(data, kind):
         return with_valid_checksums(bytes(data))
     if kind.startswith("bmp"):
         data[18:26] = big + big
-    elif kind.startswith("jpeg"):
-        start = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+    elif kind.startswith(("jpeg", "mpo")):
+        start = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) if kind != "mpo" else data.find(b"\xff\xc0")
         data[start + 5 : start + 9] = struct.pack(">HH", 60000, 60000)
+    elif kind.startswith("gif"):
+        data[6:10] = struct.pack("<HH", 60000, 60000)
+    elif kind.startswith("tga"):
+        data[12:16] = struct.pack("<HH", 60000, 60000)
+    elif kind.startswith("ppm"):
+        return bytes(data).replace(b"50 40", b"60000 60000", 1)
+    elif kind.startswith("jp2"):  # a box of the container, and the codestream
+        for size in (struct.pack(">II", 50, 40), struct.pack(">II", 40, 50)):
+            data = data.replace(size, struct.pack(">II", 60000, 60000))
+    elif kind.startswith(("avif", "heic")):  # without the box that would cut it to another size
+        big = b"ispe" + bytes(4) + struct.pack(">II", 60000, 60000)
+        data = re.sub(rb"ispe.{12}", big, data, flags=re.DOTALL).replace(b"clap", b"free")
     else:  # TIFF: the entries of the directory
         (start,) = struct.unpack_from("<I", data, 4)
         for entry in range(start + 2, start + 2 + 12 * data[start], 12):
@@ -230,15 +281,19 @@ def declare(data, kind):
 
 
 def read_bombs(folder):
-    """Each must be refused by the size it declares, with 256 MiB to spare."""
+    """Each must be refused by the size it declares, with 256 MiB to spare; two libraries have such a limit too."""
     limit_memory(2**28)
     for name, data in image_seeds().items():
         if name.startswith("webp"):  # which cannot declare more than 16,383x16,383
             continue
-        (folder / name).write_bytes(declare(data, name))
+        reason = "60000x60000; expected at most 268,435,456 pixels"
+        if name.startswith(("avif", "heic")):
+            reason = "not a readable image"
+        path = folder / f"{name}{suffix_of(name)}"
+        path.write_bytes(declare(data, name))
         for read in (image_size, read_image, read_rgb):
-            with pytest.raises(InputError, match="60000x60000; expected at most 268,435,456 pixels"):
-                print(name, read(folder / name))
+            with pytest.raises(InputError, match=reason):
+                print(name, read(path))
 
 
 @pytest.mark.slow
@@ -246,6 +301,48 @@ def test_decompression_bombs(tmp_path):
     fork = Fork(tmp_path / "log", read_bombs, tmp_path)
     assert fork.wait(60) == 0, fork.log.read_text()
     assert fork.log.read_text() == ""
+
+
+def read_liars(folder):
+    """Pictures larger than their header declares, with 256 MiB to spare: refused, or of the size declared."""
+    limit_memory(2**28)
+    for kind in ["AVIF", "JPEG2000"] + ["HEIF"] * bool(pillow_heif):
+        data = encode(Image.new("RGB", (1000, 1001), "teal"), kind)
+        path = folder / kind
+        for large, small in ((struct.pack(">II", 1000, 1001), (50, 40)), (struct.pack(">II", 1001, 1000), (40, 50))):
+            path.write_bytes(data.replace(large, struct.pack(">II", *small), 1))
+            if path.read_bytes() != data:
+                try:
+                    assert read_image(path).shape[:2] == image_size(path) == (40, 50)
+                except InputError as error:
+                    assert str(path) in str(error)
+
+
+def test_a_picture_larger_than_it_declares(tmp_path):
+    fork = Fork(tmp_path / "log", read_liars, tmp_path)
+    assert fork.wait(60) == 0, fork.log.read_text()
+
+
+def derain_within(size, arguments):
+    limit_memory(size)
+    run_script("test", arguments)
+
+
+def test_an_image_without_room_in_memory_does_not_cost_the_others(tmp_path, checkpoint):
+    """1.2 GB of feature maps, where 300 MB can be had."""
+    for name, side in (("a", 24), ("b", 2000), ("c", 24)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("RGB", (side, side), "teal").save(tmp_path / f"in/{name}.png")
+    arguments = (
+        "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out",
+        "--max_memory", 9, "--device", "cpu",
+    )
+    fork = Fork(tmp_path / "log", derain_within, 3 * 10**8, arguments)
+    assert fork.wait(60) == 1, fork.log.read_text()
+    lines = fork.log.read_text().splitlines()
+    assert lines[-1] == "test.py: error: 1 of 3 images failed: b.png"
+    assert any(f"error: {tmp_path / 'in/b.png'}: " in line and "allocate memory" in line for line in lines), lines
+    assert {*contents(tmp_path / "out")} == {"a.png", "c.png", "metrics.csv"}
 
 
 def test_postscript_is_not_run(tmp_path):

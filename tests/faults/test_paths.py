@@ -96,6 +96,29 @@ def test_linked_image_is_written_inside(run, checkpoint, tmp_path):
     assert not (tmp_path / "outside/other.png").exists(), "the link is replaced, not followed"
 
 
+def test_a_name_that_becomes_too_long_does_not_cost_the_others(run, checkpoint, tmp_path):
+    for name in ("a.png", f"{'x' * 251}.png", "z.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(save(tmp_path / "plain.png", photo(1, 12, 12)).read_bytes())
+    arguments = ("--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out")
+    result = run("test", *arguments, "--suffix", "_derained", "--comparison")
+    assert result.status == 1 and result.err.strip().endswith(f"1 of 3 images failed: {'x' * 251}.png"), result
+    assert {*contents(tmp_path / "out")} == {
+        "a_derained.png", "z_derained.png", "comparison/a.jpg", "comparison/z.jpg", "contact_sheet.jpg", "metrics.csv",
+    }
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_pipes_are_not_waited_for(run, checkpoint, tmp_path, recursive):
+    save(tmp_path / "in/a.png", photo(1, 12, 12))
+    for name in ("b.png", "c"):
+        os.mkfifo(tmp_path / "in" / name)
+    arguments = ("--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out")
+    result = run("test", *arguments, *["--recursive"] * recursive)
+    assert result.status == 1 and result.err == "test.py: error: 1 of 2 images failed: b.png\n", result
+    assert "b.png: not a readable image (not a file)" in result.out and "not processed: c\n" in result.out
+
+
 @pytest.mark.slow
 def test_names_that_are_no_text_reach_a_console_that_is_strict(tmp_path, checkpoint):
     path = save(tmp_path / "in/a.png", photo(1, 12, 12))

@@ -1,0 +1,170 @@
+"""What test.py reads: the pictures, their clean images and the videos that --test_data_path names.
+
+    python -c "from inputs import find_in_folder; print(find_in_folder)"
+
+Each file of a folder is used, left out because no pair fits it by its name, or told of as neither; none goes unsaid.
+"""
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from images import NoImages, is_image, is_video
+from outputs import is_result
+from pairs import Pair, find_pairs, match_results, report_left_out
+from utils import InputError, natural_key, printable
+from video_input import is_pattern
+
+
+def common_path(paths):
+    """The path of --test_data_path where it is one, else the folder that they all are in."""
+    if len(paths) == 1:
+        return paths[0]
+    return Path(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
+
+
+class Inputs(NamedTuple):
+    """What --test_data_path names."""
+
+    pictures: list  # of (``Pair``, the folder of its result below --output_path, its result by another method or None)
+    clips: list  # of (path of a video, the folder of its result below --output_path)
+    unused: list  # paths of images left out, which must not be overwritten either
+    others: list  # paths of files that are neither used nor left out by their names
+    missing: list  # paths of images that the other method has no result of
+
+
+def is_clip(path):
+    """Whether the one file of the command line goes to the video reader, as all that is no image does."""
+    return is_pattern(path) or is_video(path) or not is_image(path)
+
+
+def files_in(folder):
+    """The files directly in ``folder``."""
+    return sorted((path for path in Path(folder).iterdir() if not path.is_dir()), key=natural_key)
+
+
+def files_below(folder, left_out):
+    """All files in ``folder`` and the folders below, linked ones too, without the folder ``left_out`` below it."""
+    paths, seen = [], {os.path.realpath(left_out)} - {os.path.realpath(folder)}
+    unread = []
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=unread.append):
+        real = os.path.realpath(place)
+        if real in seen:  # a link may lead back up
+            folders.clear()
+            continue
+        seen.add(real)
+        paths += [Path(place, name) for name in names]
+    for error in unread:
+        print(f"{printable(error.filename)}: could not be read ({error.strerror})")
+    return sorted(paths, key=natural_key)
+
+
+def earlier_results(files, folder, args):
+    """Those pictures and videos of an input folder that an earlier run has made, where the results go there too."""
+    if os.path.realpath(folder) != os.path.realpath(args.output_path):
+        return []
+    return [path for path in files if (is_image(path) or is_video(path)) and is_result(path)]
+
+
+def find_set(folder, earlier, args):
+    """Find the pairs of a folder, and say which of them are not measured and which images are left out.
+
+    Args:
+        folder: of --test_data_path.
+        earlier: real paths of ``earlier_results``, which are no inputs.
+
+    Returns:
+        (list of ``Pair``, whose clean image is None where there is none; paths of the images left out).
+    """
+    rainy_half = args.side_by_side
+    found = find_pairs(folder, "--test_data_path", args.clean_path, rainy_half, required=False)
+    if rainy_half and not all(pair.rainy_half for pair in found.pairs):
+        raise InputError(
+            f"--side_by_side {rainy_half}: {folder} has rainy and clean images in files of their own,"
+            f" such as {found.pairs[0].rainy.name} and {found.pairs[0].clean.name}; expected both in one"
+        )
+    alone, unused = (
+        [path for path in paths if os.path.realpath(path) not in earlier] for paths in (found.alone, found.unused)
+    )
+    report_left_out(folder, unused)
+    if alone and found.pairs:
+        names = ", ".join(printable(image.name) for image in alone)
+        print(f"{printable(folder)}: {len(alone)} without a clean image, derained but not measured: {names}")
+    elif alone:
+        print(f"{printable(folder)}: no clean images, so all {len(alone)} are derained but not measured")
+    pairs = [*found.pairs, *(Pair(image, None) for image in alone)]
+    return sorted(pairs, key=lambda pair: natural_key(pair.rainy)), unused
+
+
+def find_in_folder(folder, below, args):
+    """The ``Inputs`` of one folder, whose results go to the folder ``below`` under --output_path."""
+    files = files_below(folder, args.output_path) if args.recursive else files_in(folder)
+    results = earlier_results(files, folder, args)
+    report_left_out(folder, results, "results of an earlier run")
+    earlier, pairs, unused = {os.path.realpath(path) for path in results}, [], []
+    if args.recursive:
+        pairs = [Pair(path, None) for path in files if is_image(path) and os.path.realpath(path) not in earlier]
+    else:
+        with suppress(NoImages):  # there may be videos
+            pairs, unused = find_set(folder, earlier, args)
+        places = {os.path.realpath(pair.rainy.parent): pair.rainy.parent for pair in pairs}
+        places.pop(os.path.realpath(folder), None)
+        files += [path for place in places.values() for path in files_in(place)]
+    used = {os.path.realpath(path) for path in (*paths_of(pairs), *unused)} | earlier
+    rest = [path for path in files if os.path.realpath(path) not in used]
+    clips = [path for path in rest if is_video(path)]
+    if not pairs and not clips:
+        where = " or below it" if args.recursive else ""
+        raise InputError(f"--test_data_path {folder}: neither images nor videos in this folder{where}")
+
+    def place_of(path):
+        return below / path.parent.relative_to(folder) if args.recursive else below
+
+    return Inputs(
+        [(pair, place_of(pair.rainy), None) for pair in pairs], [(path, place_of(path)) for path in clips], unused,
+        [path for path in rest if path not in clips and not is_of_no_interest(path)], [],
+    )
+
+
+def is_of_no_interest(path):
+    """Whether a file need not be named: it is hidden, half written, or one of this program's own."""
+    return path.name.startswith(".") or path.suffix == ".tmp" or is_result(path)
+
+
+def paths_of(pairs):
+    """The paths of all images of ``pairs``."""
+    return [path for pair in pairs for path in (pair.rainy, pair.clean) if path]
+
+
+def find_inputs(args):
+    """The ``Inputs`` of all paths of --test_data_path, and a line about those that are not measured or left out."""
+    inputs = Inputs([], [], [], [], [])
+    for path in args.inputs:
+        below = Path()
+        if len(args.inputs) > 1:
+            below = Path(os.path.relpath(path if path.is_dir() else path.parent, args.test_data_path))
+        if path.is_dir():
+            for found, new in zip(inputs, find_in_folder(path, below, args)):
+                found += new
+        elif is_video(path) or len(args.inputs) == 1 and is_clip(path):
+            inputs.clips.append((path, below))
+        elif is_image(path):
+            half = args.side_by_side
+            inputs.pictures.append((Pair(path, path if half else None, half), below, None))
+        else:
+            inputs.others.append(path)
+    if not inputs.pictures and not inputs.clips:
+        raise InputError(f"--test_data_path {args.inputs[0]}: neither an image nor a video, as all the others")
+    return inputs
+
+
+def find_results(args):
+    """The ``Inputs`` under --results_path: pairs, each with the picture that another method made of its rainy image."""
+    folder, from_folder = args.test_data_path, args.results_path
+    found = find_pairs(folder, "--test_data_path", args.clean_path, args.side_by_side)
+    results, unused = match_results(found.pairs, from_folder)
+    report_left_out(folder, found.alone + found.unused)
+    report_left_out(from_folder, unused, "no image of the set by their names")
+    matched = list(zip(found.pairs, results))
+    missing = [pair.rainy for pair, result in matched if not result]
+    return Inputs([(pair, Path(), result) for pair, result in matched if result], [], unused, [], missing)

@@ -1,0 +1,176 @@
+"""What test.py leaves: the names of the results, the refusal to write over anything else, and the report.
+
+    python -c "from outputs import model_name; print(model_name(None))"
+
+Apart from test.py, which reads as the course of a picture from its file to its result. Here is what that file needs
+to be safe in a folder with files of other people: a result carries ``MARK``, by which a later run knows it.
+"""
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from checkpoints import BUNDLED, find_checkpoint
+from images import WRITTEN, content_of, read_metadata
+from pairs import Pair
+from utils import InputError, printable
+from video_input import clip_name, is_pattern
+
+MARK = "SAPNet"  # the software that a result names as its maker
+METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+COLUMNS = ("image", *METRICS, "seconds")  # of metrics.csv
+REPORTS = (",".join(COLUMNS), "frame,seconds,static,")  # how metrics.csv and a video's table begin
+EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # of the formats that can be written
+
+
+# Names
+
+
+def default_output(args):
+    """results/SET/MODEL: named after --test_data_path, and after the checkpoint or the folder of --results_path."""
+    source = Path(os.path.abspath(args.test_data_path))
+    model = f"measured-{Path(os.path.abspath(args.results_path)).name}" if args.results_path else None
+    name = clip_name(source) if source.is_file() or is_pattern(source) else source.name
+    return Path("results", name, model or model_name(args.save_path))
+
+
+def model_name(save_path):
+    """The name of a checkpoint under results/.
+
+    That is the name of its run's folder; FOLDER-STEM where --save_path is a file, as a run's folder has several; and
+    STEM alone for the bundled weights.
+    """
+    checkpoint = Path(os.path.abspath(find_checkpoint(save_path)))
+    if checkpoint.resolve().parent == BUNDLED:
+        return checkpoint.stem
+    from_folder = save_path is None or save_path.is_dir()
+    return checkpoint.parent.name if from_folder else f"{checkpoint.parent.name}-{checkpoint.stem}"
+
+
+def extension(path, form):
+    """The suffix of a picture's result under --format ``form``.
+
+    "same" is the picture's own where its content fits it, and .png where its format cannot be written.
+    """
+    if form != "same":
+        return f".{form}"
+    kind = content_of(path)
+    return path.suffix if WRITTEN.get(path.suffix.lower()) == kind else EXTENSIONS.get(kind, ".png")
+
+
+def name_outputs(places, endings):
+    """Where each picture's result goes, relative to --output_path.
+
+    Args:
+        places: (folder below --output_path, path of the picture) of each.
+        endings: what each result's name has instead of the picture's suffix. Where two would collide, even where
+            upper and lower case are the same, they have it behind the suffix.
+    """
+    names = [folder / f"{path.stem}{ending}" for (folder, path), ending in zip(places, endings)]
+    counts = Counter(str(name).lower() for name in names)
+    return [
+        folder / f"{path.name}{ending}" if counts[str(name).lower()] > 1 else name
+        for name, (folder, path), ending in zip(names, places, endings)
+    ]
+
+
+class Job(NamedTuple):
+    """One picture: what is read, and where its result goes and its panel, which is None without --comparison."""
+
+    pair: Pair
+    output: Path
+    panel: Path | None
+    name: Path | None = None  # in the report, if it is not that of the file alone
+
+
+# Nothing else is overwritten
+
+
+def is_result(path):
+    """Whether this program has written a file: a picture has ``MARK``, a table begins as ours, a video has a table."""
+    if path.suffix.lower() in (".csv", ".mp4", ".mkv", ".mov"):
+        try:
+            with open(path.with_suffix(".csv"), encoding="utf-8", errors="replace") as file:
+                return file.read(100).startswith(REPORTS)
+        except OSError:
+            return False
+    try:
+        return path.suffix.lower() in WRITTEN and str(read_metadata(path).software).startswith(MARK)
+    except InputError:
+        return False
+
+
+def listed_results(folder):
+    """The paths that the metrics.csv of a folder has a row for, in the names of results without ``MARK``.
+
+    Such are those of earlier versions of this program, always PNG, their panels and the contact sheet.
+    """
+    report = folder / "metrics.csv"
+    if not is_result(report):
+        return set()
+    with open(report, newline="", encoding="utf-8", errors="replace") as file:
+        names = [row["image"] for row in csv.DictReader(file) if row["image"]]
+    stems = {stem for name in names for stem in (name.removesuffix(Path(name).suffix), name)}
+    results = {f"{stem}.png" for stem in stems} | {str(Path("comparison", f"{stem}.jpg")) for stem in stems}
+    return results | ({"contact_sheet.jpg"} if any((folder / name).exists() for name in results) else set())
+
+
+def check_outputs(paths, inputs, output_path):
+    """Refuse to write over an input, over another result of this run, or over anything that is no earlier result.
+
+    Args:
+        paths: of all files that will be written below ``output_path``, the folder of --output_path.
+        inputs: paths of all files that are read or lie among those.
+    """
+    inputs = {os.path.realpath(path) for path in inputs}  # unlike Path.resolve, also of a link to itself
+    listed, written, taken = listed_results(output_path), set(), []
+    for path in paths:
+        if os.path.realpath(path) in inputs:
+            raise InputError(
+                f"--output_path {output_path}: {path.name} would overwrite an input; expected another folder"
+            )
+        if path in written:
+            raise InputError(f"--output_path {output_path}: two results would be {path.name}; expected other names")
+        written.add(path)
+        name = printable(os.path.relpath(path, output_path))
+        if os.path.lexists(path) and name not in listed and not is_result(path):
+            taken.append(name)
+    if taken:
+        names = ", ".join(taken[:5]) + (f" and {len(taken) - 5} more" if len(taken) > 5 else "")
+        raise InputError(
+            f"--output_path {output_path}: {names} would be overwritten, which no earlier run has written; expected"
+            " another folder, or a --suffix for the names"
+        )
+
+
+# The report
+
+
+def describe(row):
+    """A row of the report as one line for the console."""
+    seconds = f"{row['seconds']:6.2f} s" if "seconds" in row else "was there"
+    if "psnr_y" not in row:
+        return f"{row['image']:24} {seconds}"
+    return (
+        f"{row['image']:24} Y {row['psnr_y']:7.4f} dB {row['ssim_y']:.4f}"
+        f"   RGB {row['psnr_rgb']:7.4f} dB {row['ssim_rgb']:.4f}   {seconds}"
+    )
+
+
+def mean(values):
+    """The mean without NaN, which an image under 11 px has as its SSIM; NaN where nothing is left."""
+    values = [value for value in values if not np.isnan(value)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def average(rows):
+    """The averages of a report: metrics over the images that have them, time without the first image's warm-up."""
+    measured = [row for row in rows if "psnr_y" in row]
+    seconds = [row["seconds"] for row in rows if "seconds" in row]
+    summary = {"image": f"average of {len(measured) or len(rows)}"}
+    if measured:
+        summary |= {name: mean(row[name] for row in measured) for name in METRICS}
+    return summary | ({"seconds": mean(seconds[1:] or seconds)} if seconds else {})
