@@ -1,5 +1,6 @@
-"""Two processes over gloo: the weights of one process with the same global batch, and an end when one is lost."""
+"""Two processes over gloo: the run of one process with the same global batch, and an end when one of them is lost."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -7,66 +8,179 @@ import time
 
 import pytest
 import torch
+from torch import distributed
 
-from conftest import ROOT, make_pairs
-from networks import SAPNet
-from test_train import options
+import train
 from checkpoints import load_weights
+from conftest import ROOT, make_pairs
+from devices import lost_process
+from networks import SAPNet
+from test_train import TIMES, options, read_lines, read_state, tiny, without
+from utils import InputError
 
 
-def start(processes, *arguments):
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
+def start(processes, *arguments, script=ROOT / "train.py"):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
+    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def finish(process):
+def finish(process, status=0):
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
-    return out
+    assert (process.returncode != 0) == (status != 0), out + err
+    return out, err
+
+
+def wait_for_state(process, folder):
+    """Until the run has saved something; returns the processes, the first one's first."""
+    deadline = time.monotonic() + 120
+    while not (folder / "train_state.pth").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    ranks = {}
+    for child in children.stdout.split():
+        with open(f"/proc/{child}/environ") as file:
+            ranks[re.search(r"(?:^|\0)RANK=(\d+)", file.read())[1]] = int(child)
+    return [ranks["0"], ranks["1"]]
 
 
 def flat(state):
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_resume(tmp_path):
-    pairs = make_pairs(tmp_path / "pairs")
-    runs = {name: options(pairs, tmp_path / name, epochs=2, save_steps=2) for name in ("one", "two", "resumed")}
-    finish(start(1, *runs["one"]))
-    out = finish(start(2, *runs["two"]))
-    assert out.count("epoch 1, step 4") == 1, "one process writes the log"
-    finish(start(2, *runs["resumed"], "--max_steps", "3"))
-    finish(start(2, *runs["resumed"], "--resume"))
+def assert_nearly_same_weights(first, second, start_weights, share):
+    """Equal but for a share of how far the training has moved them.
 
-    one, two, resumed = (flat(load_weights(tmp_path / name / "net_latest.pth")) for name in runs)
+    Adam divides a gradient that is all rounding error by its own size, so single weights may differ more.
+    """
+    first, second = flat(first), flat(second)
+    assert (first - second).norm() < share * (second - start_weights).norm()
+
+
+def initial_weights():
     torch.manual_seed(0)
-    trained = one - flat(SAPNet(recurrent_iter=2).state_dict())
-    # Adam divides a gradient that is all rounding error by its own size, so single weights may differ more.
-    assert (two - one).norm() < 0.01 * trained.norm()
-    assert torch.equal(two, resumed)
+    return flat(SAPNet().state_dict())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(run, tmp_path):
+    """With Muon and the average of the weights. What is logged is the mean of both, whose patches differ."""
+    pairs, val = make_pairs(tmp_path / "pairs"), make_pairs(tmp_path / "val", (4,))
+    flags = {"epochs": 2, "optimizer": "muon", "ema": 0.9, "save_steps": 2, "val_path": val, "recurrent_iter": 1}
+    out, _ = finish(start(2, *options(pairs, tmp_path / "two", **flags)))
+    assert out.count("epoch 1, step 4,") == 1, "one process writes the log"
+    assert run("train", *options(pairs, tmp_path / "one", **flags)).status == 0
+    lines = [read_lines(tmp_path / name) for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 10
+    for one, two in zip(*lines):
+        assert without(two, TIMES) == pytest.approx(without(one, TIMES), rel=1e-3)
+    one, two = (read_state(tmp_path / name) for name in ("one", "two"))
+    assert without(two["position"], ["best_psnr_y"]) == without(one["position"], ["best_psnr_y"])
+    assert (one["horizon"]["processes"], two["horizon"]["processes"]) == (1, 2)
+    for name in ("net", "averaged"):
+        assert_nearly_same_weights(two[name], one[name], initial_weights(), 0.01)
+    assert not torch.equal(flat(two["net"]), flat(two["averaged"]))
+    assert torch.equal(flat(load_weights(tmp_path / "two/net_latest.pth")), flat(two["averaged"]))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_and_any_number_of_processes_goes_on(run, tmp_path):
+    """Two processes, then one, then two again, and all of it against one that never stopped."""
+    pairs, folder = make_pairs(tmp_path / "pairs"), tmp_path / "run"
+    flags = {"epochs": 1000, "milestone": 1000, "save_steps": 2, "log_interval": 2}
+    process = start(2, *tiny(pairs, folder, **flags))
+    os.kill(wait_for_state(process, folder)[1], signal.SIGTERM)
+    out, err = finish(process, status=1)
+    step = read_state(folder)["position"]["step"]
+    assert f"stopped after step {step}; the same command with --resume continues" in out
+    assert step % 2 == 0 and "train.py: error" not in err, "they have agreed, at a step that is logged"
+    result = run("train", *tiny(pairs, folder, "--resume", stop_after=step + 3, **flags))
+    assert result.status == 0 and "processes 2 -> 1" in result.out, result
+    out, _ = finish(start(2, *tiny(pairs, folder, "--resume", stop_after=step + 7, **flags)))
+    assert "processes 1 -> 2" in out
+    assert run("train", *tiny(pairs, tmp_path / "straight", stop_after=step + 7, **flags)).status == 0
+    changed, straight = read_state(folder), read_state(tmp_path / "straight")
+    where = [[state["position"][name] for name in ("epoch", "sample", "step", "seen")] for state in (changed, straight)]
+    assert where[0] == where[1]
+    assert_nearly_same_weights(changed["net"], straight["net"], initial_weights(), 0.05)
+    lines = [read_lines(path) for path in (folder, tmp_path / "straight")]
+    assert [(line.get("epoch"), line["step"]) for line in lines[0]] == [
+        (line.get("epoch"), line["step"]) for line in lines[1]
+    ]
+    losses = [[line["loss"] for line in each] for each in lines]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_the_run_ends_when_a_process_is_lost(tmp_path, capsys, lost):
-    pairs = make_pairs(tmp_path / "pairs")
-    arguments = options(pairs, tmp_path / "run", epochs=100000)
-    process = start(2, *arguments)
-    state = tmp_path / "run" / "train_state.pth"
-    deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    listing = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    children = listing.stdout.split()
-    os.kill(int(children[lost]), signal.SIGKILL)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    with capsys.disabled():
-        print(f"\nprocess {lost} of two killed: the other ended after {time.monotonic() - killed:.1f} s")
-    assert f"train.py: error: process {1 - lost} of 2 stopped" in err and "--resume" in err
-    epochs = len(list((tmp_path / "run").glob("net_epoch*.pth")))
-    finish(start(2, *options(pairs, tmp_path / "run", epochs=epochs + 2), "--resume"))
+def test_the_run_ends_when_a_process_is_lost(run, tmp_path, lost):
+    pairs, folder = make_pairs(tmp_path / "pairs"), tmp_path / "run"
+    flags = {"epochs": 100000, "save_steps": 2}
+    process = start(2, *tiny(pairs, folder, **flags))
+    os.kill(wait_for_state(process, folder)[lost], signal.SIGKILL)
+    _, err = finish(process, status=1)
+    (sentence,) = [line for line in err.splitlines() if "train.py: error: " in line]
+    assert f"train.py: error: process {1 - lost} of 2: another process of the run is gone" in sentence
+    assert "--resume" in sentence
+    step = read_state(folder)["position"]["step"]
+    result = run("train", *tiny(pairs, folder, "--resume", stop_after=step + 1, **flags))
+    assert result.status == 0 and read_state(folder)["position"]["step"] == step + 1, result
+
+
+BROKEN = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train, utils
+from networks import SAPNet
+
+forward, passes = SAPNet.forward, []
+
+def broken(self, rainy):
+    passes.append(1)
+    if len(passes) == 2 and os.environ["RANK"] == "0":
+        return rainy @ torch.rand(5, 7)
+    return forward(self, rainy)
+
+SAPNet.forward = broken
+utils.run_script(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_programming_error_keeps_its_traceback_under_torchrun(tmp_path):
+    """Somebody's new layer fails in the first process."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.format(root=str(ROOT)))
+    arguments = tiny(make_pairs(tmp_path / "pairs"), tmp_path / "run", num_workers=1)
+    _, err = finish(start(2, *arguments, script=script), status=1)
+    assert "Traceback" in err and "in broken" in err and "RuntimeError: Expected size" in err
+    assert "process 0 of 2" not in err
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "loader process was killed"),
+        (RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly"), "loader process was killed"),
+        (ConnectionResetError(104, "Connection reset by peer"), "loader process was killed"),
+        (EOFError(), "loader process was killed"),
+        (distributed.DistBackendError("NCCL error\nin: line 2"), "is gone (NCCL error)"),
+        (distributed.DistNetworkError("Connection was closed"), "is gone (Connection was closed)"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:525] Connection closed by peer"), "is gone ([../gloo"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 5x7)"), None),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), None),
+    ],
+)
+def test_the_end_of_another_process_is_told_from_an_error_of_this_one(error, expected):
+    reason = lost_process(error)
+    assert reason is None if expected is None else expected in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize("flags, ranks, name", [({"batch_size": 3}, 2, "--batch_size 3"), ({}, 20, "--data_path")])
+def test_what_so_many_processes_cannot_share_is_refused(pairs_dir, tmp_path, flags, ranks, name):
+    args = train.parse_args(tiny(pairs_dir, tmp_path / "run", **{"batch_size": ranks, **flags}))
+    with pytest.raises(InputError, match=f"{name}.*{ranks} processes"):
+        train.load_data(args, torch.device("cpu"), 0, ranks)

@@ -437,25 +437,26 @@ def test_long_runs_are_compiled_where_there_is_a_compiler(monkeypatch, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_long_run_is_really_compiled_and_resumes_so(train_run, run, pairs_dir, tmp_path, monkeypatch):
-    """The default of real runs: two steps of a thousand, then one more; the losses are those of the eager run."""
+def test_a_long_run_is_really_compiled(train_run, run, pairs_dir, tmp_path, monkeypatch):
+    """By default, and with mixed precision: two steps of a thousand, whose losses are those of the eager run."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler here")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    flags = {"max_steps": 1000, "epochs": 1000, "use_dilation": False}
-    eager, _ = train_run("eager", stop_after=3, **flags)
-    for k, more in enumerate(([], ["--resume"])):
-        arguments = tiny(pairs_dir, tmp_path / "run", stop_after=2 + k, **flags)
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        result = run("train", *without_speed(arguments), "--amp", "False", *more)
-        assert result.status == 0 and "compile True" in result.out, result
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-        assert not torch._dynamo.utils.counters["graph_break"]
+    flags = {"max_steps": 1000, "epochs": 1000, "stop_after": 2, "use_dilation": False, "use_cra": False}
+    eager, _ = train_run("eager", amp=True, **flags)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        result = run("train", *without_speed(tiny(pairs_dir, tmp_path / "run", **flags)), "--amp", "True")
+        assert result.status == 0 and "bfloat16 True, compile True" in result.out, result
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        assert torch._dynamo.utils.counters["inductor"] and not torch._dynamo.utils.counters["graph_break"]
+    finally:
+        torch._dynamo.reset()
     losses = [[line["loss"] for line in steps(folder)] for folder in (tmp_path / "run", eager)]
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-3)
-    assert load_weights(tmp_path / "run/net_latest.pth").keys() == SAPNet().state_dict().keys()
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=0.02)
+    names = [load_weights(folder / "net_latest.pth").keys() for folder in (tmp_path / "run", eager)]
+    assert names[0] == names[1]
 
 
 # Validation

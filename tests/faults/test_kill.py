@@ -77,14 +77,14 @@ def assert_as_if_never_killed(runs, whole):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(folder, capsys):
-    whole = Runs(folder, "whole", epochs=8)
+    whole = Runs(folder, "whole", epochs=4)
     whole.finish()
     started = time.monotonic()
-    Runs(folder, "timed", epochs=8).finish()
+    Runs(folder, "timed", epochs=4).finish()
     duration = time.monotonic() - started
     random, kills, resumes, runs = np.random.default_rng(0), 0, 0, 0
     while kills < KILLS:
-        run = Runs(folder, f"run{runs}", epochs=8)
+        run = Runs(folder, f"run{runs}", epochs=4)
         runs += 1
         for _ in range(5):
             resumes += run.folder.is_dir()
@@ -188,13 +188,13 @@ SITES = {
 
 @pytest.mark.slow
 def test_killed_within_each_write(folder, capsys):
-    whole = Runs(folder, "whole of 3", epochs=3)
+    whole = Runs(folder, "whole of 2", epochs=2)
     whole.finish()
     kills = 0
     for site, (counts, moments) in SITES.items():
         for count in counts:
             for moment in moments:
-                run = Runs(folder, f"{site}-{moment}-{count}", epochs=3)
+                run = Runs(folder, f"{site}-{moment}-{count}", epochs=2)
                 assert run.start(Trap(site, moment, count).set).wait() == -signal.SIGKILL, (site, moment, count)
                 kills += 1
                 if len(moments) > 1 and moment != "renamed":
