@@ -69,15 +69,17 @@ def initial_weights():
 def test_two_processes_train_as_one(run, tmp_path):
     """With Muon and the average of the weights. What is logged is the mean of both, whose patches differ."""
     pairs, val = make_pairs(tmp_path / "pairs"), make_pairs(tmp_path / "val", (4,))
-    flags = {"epochs": 2, "optimizer": "muon", "ema": 0.9, "save_steps": 2, "val_path": val, "recurrent_iter": 1}
+    flags = {"max_steps": 6, "optimizer": "muon", "ema": 0.9, "save_steps": 2, "val_path": val, "recurrent_iter": 1}
     out, _ = finish(start(2, *options(pairs, tmp_path / "two", **flags)))
     assert out.count("epoch 1, step 4,") == 1, "one process writes the log"
     assert run("train", *options(pairs, tmp_path / "one", **flags)).status == 0
     lines = [read_lines(tmp_path / name) for name in ("one", "two")]
-    assert len(lines[0]) == len(lines[1]) == 10
+    assert len(lines[0]) == len(lines[1]) == 6 + 2
     for one, two in zip(*lines):
         assert without(two, TIMES) == pytest.approx(without(one, TIMES), rel=1e-3)
     one, two = (read_state(tmp_path / name) for name in ("one", "two"))
+    sums = [state["position"].pop("totals") for state in (one, two)]
+    assert sums[0] and sums[1] == pytest.approx(sums[0], rel=1e-3)
     assert without(two["position"], ["best_psnr_y"]) == without(one["position"], ["best_psnr_y"])
     assert (one["horizon"]["processes"], two["horizon"]["processes"]) == (1, 2)
     for name in ("net", "averaged"):
