@@ -401,7 +401,7 @@ def test_amp_computes_the_network_in_bfloat16_and_the_loss_in_float32(train_run)
     types, losses = {}, {}
     for amp in (False, True):
         found = types[amp] = set()
-        with watch(lambda _, output: found.add(output.dtype), torch.nn.Conv2d):
+        with watch(lambda _, output, found=found: found.add(output.dtype), torch.nn.Conv2d):
             folder, _ = train_run(f"amp {amp}", max_steps=2, amp=amp)
         losses[amp] = [line["loss"] for line in steps(folder)]
         assert all(weight.dtype == torch.float32 for weight in load_weights(folder / "net_latest.pth").values())
@@ -416,7 +416,7 @@ def without_speed(arguments):
     return [part for name, value in pairs if name not in ("--amp", "--compile") for part in (name, value)]
 
 
-def test_amp_and_compile_are_chosen_by_the_machine_and_the_length_of_the_run(run, pairs_dir, tmp_path, capsys):
+def test_amp_and_compile_are_chosen_by_the_machine_and_the_length_of_the_run(run, pairs_dir, tmp_path):
     result = run("train", *without_speed(tiny(pairs_dir, tmp_path / "run", max_steps=1)))
     assert result.status == 0, result
     arguments = json.loads((tmp_path / "run/args.json").read_text())
