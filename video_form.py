@@ -180,7 +180,7 @@ def describe_form(form, codec, picture):
     common = ((8, 2, 2),) if codec == "h264" else ((8, 2, 2), (10, 2, 2))
     if codec in ("h264", "hevc") and gets[1:] not in common:
         why = "keeps the odd size" if form.width % 2 or form.height % 2 else "keeps all of the colours"
-        which = "; Chromium, VLC and mpv do" if codec == "h264" else ""
+        which = "; Chromium does" if codec == "h264" else ""
         sentences.append(f"{form.target} {why}, but many players do not play it{which}")
     if picture.interlaced_frame:
         sentences.append("the video is interlaced, and its fields are derained as one; better deinterlace it first")
