@@ -17,21 +17,39 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from utils import InputError
+from utils import InputError, RunError, boolean
 
+HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = timedelta(hours=2)  # of processes for one another; one that validates may take PyTorch's own ten minutes
 
 
 def pick_device(name):
-    """The torch device for --device: "auto" takes the GPU when there is one, each process of a machine its own."""
+    """The torch device for --device: "auto" takes the GPU where there is one.
+
+    Where torchrun has started several processes on this machine, each takes the CUDA card of its number (LOCAL_RANK),
+    whatever card the name gives.
+
+    Raises:
+        InputError: this machine has no such device, or fewer cards than processes.
+    """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    processes, number = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
+    own = f"cuda:{number}" if name == "cuda" or name.startswith("cuda:") and processes > 1 else name
     try:
-        device = torch.device(name)
+        device = torch.device(own)
+        if device.type == "meta":
+            raise RuntimeError
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: expected auto, cpu or a CUDA device of this machine ({reason})") from None
+    except (RuntimeError, AssertionError):  # an assertion where PyTorch was built without CUDA
+        found = [f"cuda:{card}" for card in range(torch.cuda.device_count())]
+        found += ["mps"] if torch.backends.mps.is_available() else []
+        needed = f", and one for each of {processes} processes" if own != name and processes > 1 else ""
+        raise InputError(
+            f"--device {name}: expected auto or a device of this machine ({', '.join(['cpu', *found])}){needed}"
+        ) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -39,23 +57,52 @@ def fast_bfloat16(device):
     """Whether bfloat16 convolutions beat float32 ones on ``device``: AVX512-BF16, AMX or a GPU that has them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def fast_float16(device):
+    """Whether float16 convolutions beat float32 ones on ``device``: a GPU with tensor cores, from Volta on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def choose_speed(args, device, steps):
-    """Resolve the speed options that were left to the program; ``steps`` are those of the whole run."""
-    if args.amp is None:
-        args.amp = fast_bfloat16(device)
+    """Resolve the speed options that were left to the program; ``steps`` are those of the whole run.
+
+    ``args.amp`` becomes "bf16", "fp16" or False. float16 is for GPUs without bfloat16: it needs its loss scaled.
+    """
+    if args.amp in (None, True):
+        half = "bf16" if fast_bfloat16(device) else "fp16" if fast_float16(device) else None
+        args.amp = half or bool(args.amp) and "bf16"
     if args.compile is None:
         # The warm-up takes about a minute, which short runs never earn back.
-        args.compile = steps >= 1000 and shutil.which(os.environ.get("CXX", "g++")) is not None
+        args.compile = steps >= 1000 and device.type != "mps" and shutil.which(os.environ.get("CXX", "g++")) is not None
+    # The patches of a run have one size, for which cuDNN's fastest kernels are found in the first step.
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     print(
-        f"device {device}, bfloat16 {args.amp}, compile {args.compile}, channels_last {args.channels_last}", flush=True
+        f"device {device}, mixed precision {args.amp}, compile {args.compile}, channels_last {args.channels_last},"
+        f" {args.num_workers} loader processes", flush=True,
     )
 
 
-def free_memory():
-    """Bytes of main memory that a program can take without swapping; infinite where the system does not say."""
+def mixed_precision(text):
+    """``argparse`` type for --amp: "bf16", "fp16", or True for the one that the device is fast in, and False."""
+    return text if text in HALF_PRECISIONS else boolean(text)
+
+
+def loader_processes():
+    """How many loader processes a process of the run has: its share of the cores, 1 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def free_memory(device=torch.device("cpu")):
+    """Bytes that a program can take: of a CUDA device, or of the main memory without swapping.
+
+    Infinite where the system does not say.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -74,6 +121,11 @@ def rank_of_run():
     return rank, ranks
 
 
+def restarted():
+    """Whether torchrun --max_restarts has started this process again, after one of the run was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def join_processes(device):
     """Wait until all processes of the run have called this; it does nothing in a run of one.
 
@@ -81,18 +133,23 @@ def join_processes(device):
     """
     if "RANK" not in os.environ:
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
-def average(values, device):
-    """The mean of ``values``, a list of numbers, over the processes of the run; all must call it at the same time."""
+def total(values, device):
+    """The sums of ``values``, a list of numbers, over the processes of the run; all must call it at the same time."""
     if not distributed.is_initialized():
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    # gloo, which joins processes on anything but CUDA cards, takes tensors of the main memory.
+    tensor = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     distributed.all_reduce(tensor)
-    return (tensor / distributed.get_world_size()).tolist()
+    return tensor.tolist()
+
+
+def average(values, device):
+    """The means of ``values`` over the processes of the run, as ``total``."""
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    return [value / ranks for value in total(values, device)]
 
 
 def lost_process(error):
@@ -143,30 +200,50 @@ def ignore_lost_children():
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
 
-class FlagQueue:
-    """Truth values that a device computes, looked at once they have arrived, so that nothing waits for the device."""
+class FiniteCheck:
+    """Stops the run at a number that is not finite, once it has arrived, so that nothing waits for the device.
 
-    def __init__(self):
-        self.waiting = deque()
+    Args:
+        describe: function from the index of a patch to its name, for the error.
+    """
 
-    def add(self, flag, label):
-        """Take a boolean tensor of one element, and what to call it."""
-        flag = flag.detach().to("cpu", non_blocking=True)
-        event = torch.cuda.Event() if torch.cuda.is_available() else None
+    def __init__(self, describe):
+        self.describe, self.waiting = describe, deque()
+
+    def add(self, value, what, indices):
+        """Take a scalar tensor, what to call it, and the indices of the batch that it was computed on."""
+        finite = value.detach().isfinite()
+        event = torch.cuda.Event() if finite.is_cuda else None
+        finite = finite.to("cpu", non_blocking=event is not None)
         if event:
             event.record()
-        self.waiting.append((flag, event, label))
+        self.waiting.append((finite, event, what, indices))
 
-    def arrived(self, wait=False):
-        """Yield (truth value, label) of those that have arrived, or with ``wait`` of all."""
+    def check(self, wait=False):
+        """Look at those that have arrived, or with ``wait`` at all.
+
+        Raises:
+            RunError: one is not finite; it names the batch.
+        """
         while self.waiting:
-            flag, event, label = self.waiting[0]
+            finite, event, what, indices = self.waiting[0]
             if event and not event.query():
                 if not wait:
                     return
                 event.synchronize()
             self.waiting.popleft()
-            yield bool(flag), label
+            if not finite:
+                names = "; ".join(self.describe(int(index)) for index in indices)
+                raise RunError(f"the {what} is not finite on the batch of {names}; the last checkpoint is kept")
+
+    def check_weights(self, net, indices):
+        """Look at all, and at the weights: a gradient that was not finite may have left such, and its loss been sound.
+
+        Raises:
+            RunError: as for ``check``.
+        """
+        self.add(torch.stack(torch._foreach_norm(list(net.parameters()))).norm(), "norm of the weights", indices)
+        self.check(wait=True)
 
 
 class StopSignal:

@@ -14,19 +14,25 @@ derains the images of a folder with it.
 3. The depthwise-separable and the split convolution are run as the dense convolution that they are equal to
    (``dense_kernel``).
 """
+import copy
 import math
 import mmap
+import sys
 import tempfile
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from devices import free_memory
 from networks import CHANNELS, DILATIONS, GATES, SeparableConv, SplitConv
 from utils import RunError, reserve
 
 MARGIN = max(DILATIONS)  # rows of zeros above and below a feature map, as padding for any of the convolutions
+STRIP_BYTES = 2048  # for each pixel of a strip on a GPU: 768 of the LSTM's tensors in float32, and cuDNN's workspace
+SMALLEST_STRIP = 2**14  # pixels
 
 
 # Images and tensors
@@ -68,10 +74,10 @@ def to_image(tensor, dtype=np.uint8):
 # Strips and feature maps
 
 
-def strip_rows(width, device, small=False):
+def strip_rows(width, pixels=None, small=False):
     """Number of rows of a strip, for an image of this width in pixels.
 
-    On a GPU a strip has about four million pixels, which keep the GPU busy.
+    On a GPU, ``pixels`` says how many pixels a strip may have: ``strip_pixels``.
 
     On a CPU a strip should be small, to stay in the cache, but have many rows, because each strip also reads the
     rows around it that its convolution sees (up to 16 above and below). The fastest numbers of rows that were found
@@ -80,24 +86,38 @@ def strip_rows(width, device, small=False):
 
     Args:
         width: of the image.
-        device: a torch.device.
+        pixels: of a strip on a GPU; None on a CPU.
         small: whether the layer needs much memory a pixel and reads at most two rows around a strip, as the LSTM
             does. Its strips are smaller: at 321x481 it is as fast in 8 rows as in 32, and the whole run takes 60
             bytes less for each pixel of the image.
     """
-    if device.type != "cpu":
-        return max(1, 2**22 // width)
+    if pixels:
+        return max(1, pixels // width)
     return max(4, round(2**12 / width)) if small else MARGIN * max(1, round(2**10 / width))
 
 
-def runs_whole(image, dtype):
+def strip_pixels(device, maps):
+    """Pixels of a strip on a GPU: a million, which keep it busy, or as many as its free memory has room for.
+
+    Args:
+        device: a torch.device.
+        maps: bytes of the feature maps, which take their part of the memory.
+
+    Returns:
+        The number of pixels, less than ``SMALLEST_STRIP`` where the maps themselves do not fit; None on a CPU.
+    """
+    if device.type == "cpu":
+        return None
+    return int(max(1, min(2**20, (free_memory(device) - maps) / STRIP_BYTES)))
+
+
+def runs_whole(image):
     """Whether ``StripRunner`` runs the plain network on this image and not strips.
 
     It does so on a GPU for images of up to 2^20 pixels. There, a layer takes less time than it takes to start its
-    kernels, and strips need three times as many kernels. It does not in bfloat16, because under autocast the plain
-    network would round the image itself to bfloat16.
+    kernels, and strips need three times as many kernels.
     """
-    return image.device.type != "cpu" and image.shape[2] * image.shape[3] <= 2**20 and dtype != torch.bfloat16
+    return image.device.type != "cpu" and image.shape[2] * image.shape[3] <= 2**20
 
 
 class FeatureMap:
@@ -114,6 +134,8 @@ class FeatureMap:
     Raises:
         RunError: ``on_disk``, and the file system has no room for the file.
     """
+
+    strip_pixels = None  # of a strip, on a GPU
 
     def __init__(self, channels, height, width, dtype, device, on_disk=False, margin=MARGIN):
         shape = (1, height + 2 * margin, width, channels)
@@ -146,7 +168,7 @@ class FeatureMap:
 
     def strips(self, small=False):
         """List of (start, stop), the first row of each strip and the row after its last."""
-        step = strip_rows(self.data.shape[3], self.data.device, small)
+        step = strip_rows(self.data.shape[3], self.strip_pixels, small)
         return [(start, min(start + step, self.height)) for start in range(0, self.height, step)]
 
 
@@ -164,6 +186,11 @@ def column_sums(rows):
     return flat.sum(0, dtype=dtype).float().view(width, channels)
 
 
+def widest(device):
+    """The widest floating type of a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def window_sums(features, columns, dilation):
     """Sum of the input values that each of the nine taps of a zero-padded 3x3 convolution is multiplied with.
 
@@ -176,14 +203,14 @@ def window_sums(features, columns, dilation):
         dilation: of the convolution; its padding is the same.
 
     Returns:
-        (3, 3, C) float64: for each tap (row, column of the kernel), its sum over all pixels of the output.
+        (3, 3, C) of the ``widest`` type: for each tap (row, column of the kernel), its sum over all pixels of the output.
     """
     reach = min(dilation, features.height)
     top = column_sums(features.rows(0, reach))
     bottom = column_sums(features.rows(features.height - reach, features.height))
     # A tap of the kernel's upper row never meets the image's last rows, one of its lower row never the first;
     # likewise left and right.
-    seen = torch.stack((columns - bottom, columns, columns - top)).double()
+    seen = torch.stack((columns - bottom, columns, columns - top)).to(widest(columns.device))
     total = seen.sum(1)
     return torch.stack((total - seen[:, -dilation:].sum(1), total, total - seen[:, :dilation].sum(1)), 1)
 
@@ -257,16 +284,19 @@ def tanh_of_half_(features):
 def full_float32():
     """While this is open, CUDA computes float32 convolutions and matrix products in float32, never in TF32.
 
-    TF32 keeps ten bits of each factor, which would show in the third digit of the output. The setting is that of the
-    whole process. It is restored at the end, and it changes nothing on a CPU.
+    TF32 keeps ten bits of each factor, which would show in the third digit of the output. Nor does cuDNN try out its
+    kernels, as training lets it: each size of image would begin with that. The settings are those of the whole
+    process. They are restored at the end, and they change nothing on a CPU.
     """
     settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [setting.fp32_precision for setting in settings]
+    before, benchmark = [setting.fp32_precision for setting in settings], torch.backends.cudnn.benchmark
     try:
+        torch.backends.cudnn.benchmark = False
         for setting in settings:
             setting.fp32_precision = "ieee"
         yield
     finally:
+        torch.backends.cudnn.benchmark = benchmark
         for setting, precision in zip(settings, before):
             setting.fp32_precision = precision
 
@@ -304,10 +334,29 @@ class GatedConv:
         if self.cra is not None:
             sums = window_sums(features, columns, self.dilation)
             pixels = features.height * len(columns)
-            mean = torch.einsum("oikl,kli->o", weight.double(), sums) / pixels + bias
+            mean = torch.einsum("oikl,kli->o", weight.to(sums.dtype), sums) / pixels + bias
             gate = self.cra.gate(mean.to(weight.dtype)[None, :, None, None]).flatten()
             weight, bias = weight * gate[:, None, None, None], bias * gate
         return weight.to(dtype, memory_format=torch.channels_last), bias.to(dtype)
+
+
+class Cast(nn.Module):
+    """A module that computes in float32, as the image is, within a network of another ``dtype``."""
+
+    def __init__(self, module, dtype):
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, x):
+        return self.module(x.float()).to(self.dtype)
+
+
+def half_network(net, dtype):
+    """A copy of a ``SAPNet`` in ``dtype``, whose first and last convolution keep the image in float32."""
+    half = copy.deepcopy(net).to(dtype, memory_format=torch.channels_last)
+    half.conv0 = Cast(copy.deepcopy(net.conv0), dtype)
+    half.conv = Cast(copy.deepcopy(net.conv), torch.float32)
+    return half
 
 
 class StripRunner:
@@ -321,12 +370,14 @@ class StripRunner:
             images and the LSTM's cell are float32 in any case. So are the convolutions between float16 maps on a
             CPU, which are faster than those in float16 and have half the error. float32 is not TF32, also on a GPU.
         max_memory: bytes. On a CPU, the feature maps of an image that needs more (``memory``) are mapped to a
-            temporary file, in the folder that TMPDIR names. The result is the same, at the speed of the disk.
+            temporary file, in the folder that TMPDIR names. The result is the same, at the speed of the disk. An
+            image whose feature maps are too large for a GPU is derained on the CPU, within the same limit.
     """
 
     @torch.inference_mode()
     def __init__(self, net, dtype=torch.float32, max_memory=math.inf):
         self.net, self.dtype, self.max_memory = net, dtype, max_memory
+        self.whole = self.host = None  # made when an image needs them
         on_cpu = net.conv[0].weight.device.type == "cpu"
         self.conv_dtype = torch.float32 if on_cpu and dtype == torch.float16 else dtype
         self.branches = []
@@ -360,25 +411,63 @@ class StripRunner:
     @torch.inference_mode()
     @full_float32()
     def __call__(self, rainy):
-        """Derain one image.
+        """Derain images of one size.
 
         Args:
-            rainy: (1, 3, H, W) float32 in [0, 1].
+            rainy: (N, 3, H, W) float32 in [0, 1]. Several at a time are faster on a GPU (``images_at_once``).
 
         Returns:
-            (1, 3, H, W) float32, not clamped. Where a NaN arises on the way, NaN is in the output too, in any dtype.
+            (N, 3, H, W) float32, not clamped. Where a NaN arises on the way, NaN is in the output too, in any dtype.
 
         Raises:
+            ValueError: another shape or type.
             RunError: the temporary file of an image that needs more than ``max_memory`` finds no room.
         """
-        if runs_whole(rainy, self.dtype):
-            with torch.autocast(rainy.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.net(rainy.contiguous(memory_format=torch.channels_last)).float()
+        if rainy.dim() != 4 or rainy.shape[1] != 3 or rainy.dtype != torch.float32:
+            found = f"{rainy.dtype} of shape {tuple(rainy.shape)}"
+            raise ValueError(f"StripRunner expects RGB images as (N, 3, H, W) float32 in [0, 1], got {found}")
+        if runs_whole(rainy):
+            try:
+                return self.run_whole(rainy)
+            except torch.OutOfMemoryError:
+                pass  # strips need less
+        return self.run_one(rainy) if len(rainy) == 1 else torch.cat([self.run_one(image) for image in rainy.split(1)])
+
+    def images_at_once(self, height, width):
+        """How many images of this size a call should be given: on a GPU as many as have a million pixels, or one."""
+        return 1 if self.conv[0].device.type == "cpu" else max(1, 2**20 // (height * width))
+
+    def run_whole(self, rainy):
+        """Run the plain network, in the precision of the runner."""
+        if self.whole is None:
+            self.whole = self.net if self.dtype == torch.float32 else half_network(self.net, self.dtype)
+        return self.whole(rainy.contiguous(memory_format=torch.channels_last))
+
+    def run_one(self, rainy):
+        """Run one image in strips, on a GPU in smaller ones where its memory does not take the first."""
+        pixels = strip_pixels(rainy.device, self.memory(*rainy.shape[2:]))
+        if pixels is None:
+            return self.run_strips(rainy, None)
+        while pixels >= SMALLEST_STRIP:
+            try:
+                return self.run_strips(rainy, pixels)
+            except torch.OutOfMemoryError:
+                pixels //= 2
+        size = f"{rainy.shape[3]}x{rainy.shape[2]}"
+        print(f"{rainy.device} has no memory for an image of {size}; it is derained on the CPU", file=sys.stderr)
+        if self.host is None:
+            self.host = StripRunner(copy.deepcopy(self.net).cpu(), self.dtype, self.max_memory)
+        return self.host(rainy.cpu()).to(rainy.device)
+
+    def run_strips(self, rainy, pixels):
+        """Run one image in strips of so many pixels; with None of as many as suit a CPU."""
         height, width = rainy.shape[2:]
         on_disk = rainy.device.type == "cpu" and self.memory(height, width) > self.max_memory
 
         def feature_map(channels, dtype, margin):
-            return FeatureMap(channels, height, width, dtype, rainy.device, on_disk, margin)
+            made = FeatureMap(channels, height, width, dtype, rainy.device, on_disk, margin)
+            made.strip_pixels = pixels
+            return made
 
         images = feature_map(6, torch.float32, 2)  # the rainy image and the current estimate
         for channel in (0, 3):

@@ -4,18 +4,16 @@
 
 The semantic terms compare images by the features of frozen ImageNet networks, whose weights ``load_backbone`` finds.
 Under autocast, these networks run in its precision; what follows on their features is computed in the images' own.
+torchvision and lpips are imported where a term needs them, as a run without these terms starts seconds earlier.
 """
 import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
 
-import lpips
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import get_model_weights
-from torchvision.models.vgg import cfgs, make_layers
 
 from checkpoints import load_weights
 from networks import SEG_BACKBONES, UBS, ImageNetNormalise, fixed_seed
@@ -49,6 +47,8 @@ def find_backbone(name, backbone_dir):
         (path, advice): the path is None where there is no file. The advice belongs into an error about the file: it
         says what was expected, and where.
     """
+    from torchvision.models import get_model_weights
+
     url = get_model_weights(name)["IMAGENET1K_V1"].url
     file_name = url.rsplit("/", 1)[1]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file_name
@@ -148,6 +148,8 @@ class PerceptualContrastiveLoss(FrozenLoss):
     """
 
     def __init__(self, backbone_dir=None, backbone_weights="pretrained"):
+        from torchvision.models.vgg import cfgs, make_layers
+
         super().__init__()
         with fixed_seed():
             layers = make_layers(cfgs["D"])[: PCL_LAYERS[-1][1]]
@@ -188,6 +190,8 @@ class LPIPSLoss(FrozenLoss):
     """
 
     def __init__(self, net="alex", backbone_dir=None, backbone_weights="pretrained"):
+        import lpips
+
         super().__init__()
         with fixed_seed(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torchvision")  # lpips uses an old name of an argument

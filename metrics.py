@@ -8,6 +8,8 @@ differentiable one of ``SSIM.py``.
 import numpy as np
 from skimage.metrics import structural_similarity
 
+METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")  # of ``measure``
+
 
 def luma(image):
     """The Y channel of MATLAB's ``rgb2ycbcr`` on doubles.

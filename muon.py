@@ -73,7 +73,7 @@ def build_optimizers(name, net, lr):
     """
     parameters = list(net.parameters())
     if name == "adam":
-        return [torch.optim.Adam(parameters, lr=lr)]
+        return [torch.optim.Adam(parameters, lr=lr, fused=True)]
     kernels = [parameter for parameter in parameters if is_dense_kernel(parameter)]
     others = [parameter for parameter in parameters if not is_dense_kernel(parameter)]
-    return [Muon(kernels, lr=lr), torch.optim.Adam(others, lr=lr)]
+    return [Muon(kernels, lr=lr), torch.optim.Adam(others, lr=lr, fused=True)]

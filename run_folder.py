@@ -245,6 +245,7 @@ class RunState:
     net: torch.nn.Module
     averaged: torch.nn.Module  # ``net`` itself without --ema
     optimizers: list
+    scaler: torch.amp.GradScaler  # of the loss, with fp16
     data: dict  # ``changed_data`` says what is in it
     horizon: dict  # {"batch_size", "processes", "epochs", "max_steps"}: what the position and the schedule refer to
     safetensors: bool = False  # whether to write the weights as .safetensors too
@@ -256,6 +257,7 @@ class RunState:
             "net": self.net.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
             "position": {**asdict(position), "totals": totals},
             "random": torch.get_rng_state(),
             "data": self.data,
@@ -322,6 +324,8 @@ class RunState:
                 shapes = {tensor.shape for name, tensor in values.items() if name != "step"}
                 if values.keys() != OPTIMIZER_STATE[type(optimizer)] or shapes != {parameter.shape}:
                     raise ValueError
+        if state.get("scaler") and self.scaler.is_enabled():  # a run may go on in another precision
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         position, fresh = Position(**state["position"]), Position()
         if any(type(value) is not type(getattr(fresh, name)) for name, value in vars(position).items()):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoints import add_network_options, find_checkpoint, load_network
 from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
-from devices import fast_bfloat16, free_memory, pick_device
+from devices import HALF_PRECISIONS, fast_bfloat16, free_memory, pick_device
 from images import WRITTEN, content_of, read_image, read_metadata, read_rgb, to_uint8, write_image
 from inference import StripRunner, self_ensemble, to_image, to_tensor
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
@@ -36,7 +36,6 @@ from video import VideoOptions, derain_video, write_report
 from video_form import CODECS
 from video_input import clip_name, is_pattern
 
-HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file system that cannot have such a name
 
 

@@ -12,10 +12,10 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -24,18 +24,21 @@ from torch.utils.data import DataLoader
 from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
-    FlagQueue, StopSignal, average, choose_speed, ignore_lost_children, join_processes, leave_signals_to_parent,
-    lost_process, pick_device, rank_of_run,
+    HALF_PRECISIONS, FiniteCheck, StopSignal, average, choose_speed, ignore_lost_children, join_processes,
+    leave_signals_to_parent, loader_processes, lost_process, mixed_precision, pick_device, rank_of_run, restarted,
+    total,
 )
 from inference import StripRunner, to_image, to_tensor
 from losses import add_loss_options, batch_psnr, build_criterion
-from metrics import measure
+from metrics import METRICS, measure
 from muon import build_optimizers
 from networks import RESIDUAL_CONVS, SAPNet
 from pairs import read_pair
 from rain import TrainingRain, add_rain_options, check_rain_options
 from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_arguments
-from training_sets import find_training_sets, find_validation_pairs, separate, summarise_validation
+from training_sets import (
+    add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation,
+)
 from utils import InputError, RunError, add_flag, at_least, progress, run_script
 
 
@@ -43,37 +46,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path", nargs="+", default=["datasets/train/RainTrainH"], metavar="DIR[:N]",
-        help="folders of rainy/clean pairs; DIR:40 counts 40 times",
-    )
-    group.add_argument(
-        "--clean_path", nargs="+", default=[], metavar="DIR",
-        help="folders of the clean images, one for each --data_path, where its layout is not found from the names",
-    )
-    group.add_argument(
-        "--side_by_side", choices=("left", "right"),
-        help="pictures that hold both images, in folders where no layout fits: which half is the rainy one",
-    )
-    add_flag(group, "--preprocess", False, "pack the images again even if the packed file is up to date")
-    group.add_argument("--packed_dir", default="datasets/packed", metavar="DIR", help="folder of the packed HDF5 files")
-    group.add_argument("--patch_size", type=at_least(11), default=100, help="side of the training patches, px")
-    group.add_argument("--stride", type=at_least(1), default=80, help="distance between patches, px")
-    add_flag(group, "--skip_small", False, "leave out images that are smaller than a patch")
-    group.add_argument(
-        "--exclude_test", nargs="+", default=[], metavar="DIR",
-        help="leave out pairs that show a background of these test sets",
-    )
-    add_flag(group, "--augment", True, "mirror half of the patches")
-    group.add_argument("--num_workers", type=at_least(0), default=2, help="loader processes; 0 loads in the main one")
-    group.add_argument(
-        "--val_path", metavar="DIR",
-        help="folder of pairs to validate on after each epoch; what shows a background of theirs is not trained on",
-    )
-    group.add_argument(
-        "--val_pairs", type=at_least(0), nargs="+", default=[0], metavar="N",
-        help="hold out N backgrounds of each data folder and validate on them; several numbers: one for each folder",
-    )
+    add_data_options(group)
     add_rain_options(group)
 
     group = parser.add_argument_group("network")
@@ -138,8 +111,11 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("speed")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add_flag(group, "--amp", None, "bfloat16 mixed precision (default: where the processor has it)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument(
+        "--amp", type=mixed_precision, nargs="?", const=True, metavar="PRECISION",
+        help="mixed precision: bf16, fp16, or True for the one the device is fast in (default: that, where it has one)",
+    )
     add_flag(group, "--compile", None, "torch.compile (default: for runs long enough to repay its warm-up)")
     add_flag(group, "--channels_last", True, "channels-last memory format")
 
@@ -164,6 +140,8 @@ def load_data(args, device, rank, ranks):
     """The training loader, the validation pairs, and what tells these data from others (``run_folder.RunState``)."""
     if args.batch_size % ranks:
         raise InputError(f"--batch_size {args.batch_size}: expected a multiple of {ranks} processes, which share it")
+    if args.num_workers is None:
+        args.num_workers = loader_processes()
     preset, synth = args.rain_synth or ("both", 0)
     rain = TrainingRain(synth, preset, args.rain_mix, args.rain_vary) if synth or args.rain_mix else None
     sets = find_training_sets(
@@ -204,6 +182,13 @@ def build_network(args, device, weights):
 # The loop
 
 
+def set_rate(optimizers, rate):
+    """Set the learning rate of the next step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
 def share_done(args, position, epoch_patches):
     """How much of the run is done, from 0 to 1: by --max_steps or by --epochs, whichever is further."""
     epochs = (position.epoch + min(1, position.sample / epoch_patches)) / args.epochs
@@ -224,34 +209,55 @@ def update_average(averaged, net, decay, step):
     torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), share)
 
 
-def check_finite(finite, dataset, wait=False):
-    """Stop the run at a number that is not finite, naming the batch; ``finite`` is a ``FlagQueue``."""
-    for is_finite, (what, indices) in finite.arrived(wait):
-        if not is_finite:
-            names = "; ".join(dataset.describe(int(index)) for index in indices)
-            raise RunError(f"the {what} is not finite on the batch of {names}; the last checkpoint is kept")
+def take_step(args, model, criterion, optimizers, scaler, batch, skip):
+    """Take a step on a batch. None of its numbers is looked at here, as that would wait for the device.
+
+    Args:
+        model, criterion: the network and ``losses.DerainLoss``.
+        optimizers, scaler: of its parameters; the ``GradScaler`` is enabled with fp16 only.
+        batch: (rainy, clean), each (N, 3, P, P) float32 in [0, 1] on the device.
+        skip: names of the loss terms to leave out.
+
+    Returns:
+        (derained, terms): (N, 3, P, P) and {name: scalar tensor} of all terms, "loss" and "psnr", without gradient.
+    """
+    rainy, clean = batch
+    with torch.autocast(rainy.device.type, HALF_PRECISIONS.get(args.amp), enabled=bool(args.amp)):
+        derained = model(rainy).float()
+        loss, terms = criterion(derained, clean, rainy, skip)
+    scaler.scale(loss).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    if args.clip_grad:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    derained = derained.detach()
+    terms |= {"loss": loss, "psnr": batch_psnr(derained, clean)}
+    return derained, {name: value.detach() for name, value in terms.items()}
 
 
-def check_weights(net, finite, dataset, indices):
-    """Stop the run if a gradient that was not finite has left such weights; its own loss may have been finite."""
-    norm = torch.stack(torch._foreach_norm(list(net.parameters()))).norm()
-    finite.add(norm.isfinite(), ("norm of the weights", indices))
-    check_finite(finite, dataset, wait=True)
+def validate(net, pairs, device, rank=0, ranks=1):
+    """Average PSNR and SSIM (``metrics.measure``) of ``net`` on whole images, in float32.
 
-
-def validate(net, pairs, device):
-    """Average PSNR and SSIM (``metrics.measure``) of ``net`` on whole images, in float32."""
+    Each process of the run takes its share of the pairs. Worker threads measure while the network is at the next pair.
+    """
     runner, results = StripRunner(net), []
-    for pair in progress(pairs, "validation"):
-        rainy, clean = read_pair(pair)
-        results.append(measure(to_image(runner(to_tensor(rainy).to(device))), clean))
-    return {f"val_{name}": float(np.mean([result[name] for result in results])) for name in results[0]}
+    with ThreadPoolExecutor(loader_processes()) as workers:
+        for pair in progress(pairs[rank::ranks], "validation"):
+            rainy, clean = read_pair(pair)
+            derained = to_image(runner(to_tensor(rainy).to(device)))
+            results.append(workers.submit(measure, derained, clean))
+    results = [result.result() for result in results]
+    sums = total([sum(result[name] for result in results) for name in METRICS], device)
+    return {f"val_{name}": value / len(pairs) for name, value in zip(METRICS, sums)}
 
 
-def report_epoch(args, net, position, record, val_pairs, log):
-    """Validate, and write what an epoch leaves beside the state: the best weights, and its line of the log."""
-    if val_pairs:
-        scores = validate(net, val_pairs, next(net.parameters()).device)
+def report_epoch(args, net, position, record, scores, log):
+    """Write what an epoch leaves beside the state: the weights of the best validation, and its line of the log."""
+    if scores:
         log.add_scalars("val", scores, position.step)
         record |= scores
         if scores["val_psnr_y"] > position.best_psnr_y:
@@ -275,10 +281,11 @@ def train(args, device, rank, ranks):
     if rank == 0:
         join_processes(device)
     horizon = {"batch_size": args.batch_size, "processes": ranks, "epochs": args.epochs, "max_steps": args.max_steps}
-    state = RunState(net, averaged, optimizers, data, horizon, args.safetensors)
-    position = state.load(args.save_path) if resumed else Position()
     # By the steps of the whole run: resuming must not change the arithmetic.
     choose_speed(args, device, min(len(batches) * args.epochs, args.max_steps or math.inf))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    state = RunState(net, averaged, optimizers, scaler, data, horizon, args.safetensors)
+    position = state.load(args.save_path) if resumed else Position()
     if rank == 0:
         write_arguments(args)
         if resumed:  # it was killed, perhaps, before it could write these
@@ -291,7 +298,7 @@ def train(args, device, rank, ranks):
     if args.use_stage1 and share_done(args, position, epoch_patches) >= 1:
         print(f"nothing left to do after step {position.step}; a larger --epochs or --max_steps trains on")
         return False
-    log, stop, finite = RunLog(args.save_path, position, enabled=rank == 0), StopSignal(), FlagQueue()
+    log, stop, finite = RunLog(args.save_path, position, enabled=rank == 0), StopSignal(), FiniteCheck(dataset.describe)
 
     def save():
         """Save the state; all processes must call this at the same step."""
@@ -314,28 +321,18 @@ def train(args, device, rank, ranks):
             rainy, clean = rainy.to(device, non_blocking=True), clean.to(device, non_blocking=True)
             if args.channels_last:
                 rainy = rainy.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                derained = model(rainy).float()
-                loss, terms = criterion(derained, clean, rainy, skip)
-            finite.add(loss.isfinite(), ("loss", indices))
-            loss.backward()
-            if args.clip_grad:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
             rate = learning_rate(args, position.epoch, done)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            set_rate(optimizers, rate)
+            derained, terms = take_step(args, model, criterion, optimizers, scaler, (rainy, clean), skip)
+            finite.add(terms["loss"], "loss", indices)
             position.advance(batches.batch_size)
             if args.ema:
                 update_average(averaged, net, args.ema, position.step)
 
-            check_finite(finite, dataset)
-            images = {"rainy": rainy, "derained": derained.detach(), "clean": clean}
-            terms |= {"loss": loss, "psnr": batch_psnr(images["derained"], clean)}
+            finite.check()
+            images = {"rainy": rainy, "derained": derained, "clean": clean}
             for name, value in terms.items():
-                position.totals[name] = position.totals.get(name, 0) + value.detach()
+                position.totals[name] = position.totals.get(name, 0) + value
             done = share_done(args, position, epoch_patches)
             due = position.step % args.log_interval == 0
             if due or position.step == 1 or done >= 1:
@@ -347,21 +344,23 @@ def train(args, device, rank, ranks):
                 break
             # At the epoch's end the state is saved after the report, so that a run killed in between makes it again.
             if position.step % args.save_steps == 0 and len(dataset) - position.sample >= batches.batch_size:
-                check_weights(net, finite, dataset, indices)
+                finite.check_weights(net, indices)
                 save()
             log.step_ended()
 
-        check_weights(net, finite, dataset, indices)
+        finite.check_weights(net, indices)
         complete = len(dataset) - position.sample < batches.batch_size
         # A run resumed with a larger batch may find too few patches left in its last epoch, and takes no step then.
         ended = done >= 1 or not args.use_stage1 or complete and position.epoch + 1 == args.epochs
         stopped = stop.agree(device) or stopped
         means = average([float(total) / position.batches for total in position.totals.values()], device)
-        if rank == 0 and (complete or ended):
+        reported = complete or ended
+        scores = validate(averaged, val_pairs, device, rank, ranks) if reported and val_pairs else {}
+        if rank == 0 and reported:
             log.add_images(images, position.step)
             record = {"epoch": position.epoch + 1, "step": position.step, "learning_rate": rate}
             record |= {**dict(zip(position.totals, means)), "seconds": round(time.monotonic() - started, 1)}
-            report_epoch(args, averaged, position, record, val_pairs, log)
+            report_epoch(args, averaged, position, record, scores, log)
         if complete:
             position.next_epoch()
             if rank == 0 and position.epoch % args.save_freq == 0:
@@ -380,6 +379,7 @@ def main():
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     rank, ranks = rank_of_run()
+    args.resume = args.resume or restarted() and (args.save_path / STATE_FILE).exists()
     try:
         with ignore_lost_children(), hold_run(args.save_path, args.resume) if rank == 0 else nullcontext():
             interrupted = train(args, device, rank, ranks)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pairs import Backgrounds, Pair, find_pairs, hold_out, read_pair, report_left_out
-from utils import InputError
+from utils import InputError, add_flag, at_least
 
 PRENET_FILES = ("train_input.h5", "train_target.h5")  # the patches that PReNet's code packs
 DATA_HINT = (
@@ -154,3 +154,44 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test):
     for training_set in sets:
         training_set.leave_out(held_out, backgrounds, "background held out for validation")
     return held_out
+
+
+# Options
+
+
+def add_data_options(group):
+    """Add train.py's options of the data, but for those of new rain."""
+    group.add_argument(
+        "--data_path", nargs="+", default=["datasets/train/RainTrainH"], metavar="DIR[:N]",
+        help="folders of rainy/clean pairs; DIR:40 counts 40 times",
+    )
+    group.add_argument(
+        "--clean_path", nargs="+", default=[], metavar="DIR",
+        help="folders of the clean images, one for each --data_path, where its layout is not found from the names",
+    )
+    group.add_argument(
+        "--side_by_side", choices=("left", "right"),
+        help="pictures that hold both images, in folders where no layout fits: which half is the rainy one",
+    )
+    add_flag(group, "--preprocess", False, "pack the images again even if the packed file is up to date")
+    group.add_argument("--packed_dir", default="datasets/packed", metavar="DIR", help="folder of the packed HDF5 files")
+    group.add_argument("--patch_size", type=at_least(11), default=100, help="side of the training patches, px")
+    group.add_argument("--stride", type=at_least(1), default=80, help="distance between patches, px")
+    add_flag(group, "--skip_small", False, "leave out images that are smaller than a patch")
+    group.add_argument(
+        "--exclude_test", nargs="+", default=[], metavar="DIR",
+        help="leave out pairs that show a background of these test sets",
+    )
+    add_flag(group, "--augment", True, "mirror half of the patches")
+    group.add_argument(
+        "--num_workers", type=at_least(0), metavar="N",
+        help="loader processes; 0 loads in the main one (default: one for each core, up to 16)",
+    )
+    group.add_argument(
+        "--val_path", metavar="DIR",
+        help="folder of pairs to validate on after each epoch; what shows a background of theirs is not trained on",
+    )
+    group.add_argument(
+        "--val_pairs", type=at_least(0), nargs="+", default=[0], metavar="N",
+        help="hold out N backgrounds of each data folder and validate on them; several numbers: one for each folder",
+    )

@@ -56,7 +56,7 @@ def test_an_image_is_clamped_and_rounded_to_the_nearest_level():
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 1000])
 def test_equals_the_network(variant, rows, monkeypatch):
-    monkeypatch.setattr(inference, "strip_rows", lambda width, device, small=False: rows)
+    monkeypatch.setattr(inference, "strip_rows", lambda width, pixels, small=False: rows)
     assert difference(network(**variant), torch.rand(1, 3, 37, 53)) < 1e-5
 
 
@@ -106,19 +106,63 @@ def test_half_precision_stays_close(dtype, bound):
     assert 0 < difference(network(), torch.rand(1, 3, 48, 64), dtype) < bound
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 0.01)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 0.01)])
 def test_the_plain_network_where_strips_would_be_slower(monkeypatch, dtype, bound):
     """As on a GPU, with its kernels' choice forced: same result, and no strip is cut."""
-    monkeypatch.setattr(inference, "runs_whole", lambda image, dtype: True)
+    monkeypatch.setattr(inference, "runs_whole", lambda image: True)
     monkeypatch.setattr(inference, "FeatureMap", None)
-    assert difference(network(), torch.rand(1, 3, 48, 64), dtype) < bound
+    assert difference(network(), torch.rand(2, 3, 48, 64), dtype) < bound
 
 
 def test_strips_on_the_cpu_and_for_what_they_are_better_at():
     small, large = torch.empty(1, 3, 321, 481, device="meta"), torch.empty(1, 3, 2848, 4288, device="meta")
-    assert inference.runs_whole(small, torch.float32) and inference.runs_whole(small, torch.float16)
-    assert not inference.runs_whole(small, torch.bfloat16) and not inference.runs_whole(large, torch.float16)
-    assert not inference.runs_whole(torch.empty(1, 3, 8, 8), torch.float32)
+    assert inference.runs_whole(small) and not inference.runs_whole(large)
+    assert not inference.runs_whole(torch.empty(1, 3, 8, 8))
+    with torch.device("meta"):
+        runner = StripRunner(SAPNet())
+    assert runner.images_at_once(321, 481) == 6 and runner.images_at_once(2848, 4288) == 1
+    assert StripRunner(SAPNet()).images_at_once(8, 8) == 1
+
+
+def test_images_of_a_batch_do_not_meet():
+    runner, images = StripRunner(network()), torch.rand(3, 3, 20, 30)
+    assert torch.equal(runner(images), torch.cat([runner(image) for image in images.split(1)]))
+
+
+@pytest.mark.parametrize(
+    "image", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8)], ids=str
+)
+def test_what_is_no_batch_of_float_images_is_refused(image):
+    with pytest.raises(ValueError, match="expects RGB images .* got torch"):
+        StripRunner(network())(image)
+
+
+@pytest.mark.parametrize("room", [2**20, 2**16, 2**15, 100])
+def test_a_gpu_that_is_too_full_gets_smaller_strips_and_then_the_cpu(monkeypatch, room, capsys):
+    """The memory of a GPU, imitated: a convolution of more than ``room`` pixels does not fit."""
+    net, image = network(), torch.rand(1, 3, 300, 500)
+    expected, convolve, tried = StripRunner(net)(image), F.conv2d, []
+
+    def conv2d(rows, *args, **options):
+        tried.append(rows.shape[2] * rows.shape[3])
+        if tried[-1] > room:
+            raise torch.OutOfMemoryError
+        return convolve(rows, *args, **options)
+
+    runner = StripRunner(net)
+    runner.host = lambda image: monkeypatch.undo() or StripRunner(net)(image)
+    monkeypatch.setattr(inference, "strip_pixels", lambda device, maps: 2**17)
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    torch.testing.assert_close(runner(image), expected, atol=1e-5, rtol=0)
+    assert ("it is derained on the CPU" in capsys.readouterr().err) == (room == 100)
+    assert (max(tried) > room) == (room < 2**17)
+
+
+def test_the_strips_of_a_gpu_follow_its_free_memory(monkeypatch):
+    for free, pixels in ((80e9, 2**20), (7e9, 488281), (6e9 + 1e6, 488), (1e9, 1)):
+        monkeypatch.setattr(inference, "free_memory", lambda device, free=free: free)
+        assert inference.strip_pixels(torch.device("cuda:0"), 6e9) == pixels
+    assert inference.strip_pixels(torch.device("cpu"), 6e9) is None
 
 
 @pytest.mark.parametrize("dilation, width", [(16, 600), (8, 1024), (2, 4096)])
@@ -202,7 +246,7 @@ def test_float32_is_not_tf32_while_a_runner_runs(float32_settings, monkeypatch, 
 
     for setting in float32_settings:
         setting.fp32_precision = before
-    monkeypatch.setattr(inference, "runs_whole", lambda image, dtype: whole)
+    monkeypatch.setattr(inference, "runs_whole", lambda image: whole)
     net, seen = network(), []
     runner = StripRunner(net)
     gate = net.res_conv1[1].conv_du

@@ -74,7 +74,7 @@ def test_the_dense_kernels_take_muons_steps_and_all_else_takes_adams(kind):
     torch.manual_seed(0)
     net = SAPNet(residual_conv=kind)
     start = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    torch_adam = train_on_noise(net, [torch.optim.Adam(net.parameters(), lr=0.01)])
+    torch_adam = train_on_noise(net, [torch.optim.Adam(net.parameters(), lr=0.01, fused=True)])
     for name in start:
         of_adam = name.endswith("bias") or name == "conv.0.weight" or "conv_du" in name or "depth_conv" in name
         assert is_dense_kernel(net.get_parameter(name)) != of_adam, name

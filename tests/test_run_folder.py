@@ -194,7 +194,8 @@ def make_state(net, optimizer="muon", **horizon):
         parameter.grad = torch.ones_like(parameter)
     for each in optimizers:
         each.step()
-    return RunState(net, net, optimizers, DATA, {"batch_size": 4, "processes": 1, "max_steps": None, **horizon})
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return RunState(net, net, optimizers, scaler, DATA, {"batch_size": 4, "processes": 1, "max_steps": None, **horizon})
 
 
 def test_a_state_is_restored_as_it_was(tmp_path, state, capsys):

@@ -397,17 +397,25 @@ def test_clip_grad_bounds_the_step(train_run):
 # The speed options
 
 
-def test_amp_computes_the_network_in_bfloat16_and_the_loss_in_float32(train_run):
+def test_amp_computes_the_network_in_half_precision_and_the_loss_in_float32(train_run):
+    """And float16, whose loss is scaled, resumes to the same result as the run that did not stop."""
     types, losses = {}, {}
-    for amp in (False, True):
+    for amp in (False, "bf16", "fp16"):
         found = types[amp] = set()
         with watch(lambda _, output, found=found: found.add(output.dtype), torch.nn.Conv2d):
-            folder, _ = train_run(f"amp {amp}", max_steps=2, amp=amp)
+            folder, _ = train_run(f"amp {amp}", max_steps=3, amp=amp)
         losses[amp] = [line["loss"] for line in steps(folder)]
         assert all(weight.dtype == torch.float32 for weight in load_weights(folder / "net_latest.pth").values())
-    assert types == {False: {torch.float32}, True: {torch.bfloat16}}
-    # Equal but for bfloat16's three digits, of which the mean over the patches keeps more.
-    assert losses[True][0] != losses[False][0] and losses[True] == pytest.approx(losses[False], abs=0.02)
+    assert types == {False: {torch.float32}, "bf16": {torch.bfloat16}, "fp16": {torch.float16}}
+    # Equal but for the three digits of bfloat16 and the four of float16, of which the mean over the patches keeps more.
+    for half, tolerance in (("bf16", 0.02), ("fp16", 0.005)):
+        assert losses[half][0] != losses[False][0] and losses[half] == pytest.approx(losses[False], abs=tolerance)
+    folder, _ = train_run("stopped", max_steps=3, amp="fp16", stop_after=1)
+    assert read_state(folder)["scaler"]["scale"] == 2**16
+    train_run("stopped", "--resume", max_steps=3, amp="fp16")
+    assert read_state(folder)["scaler"]["_growth_tracker"] == 3
+    for name, weight in load_weights(folder / "net_latest.pth").items():
+        assert torch.equal(weight, load_weights(folder.parent / "amp fp16/net_latest.pth")[name])
 
 
 def without_speed(arguments):
@@ -420,8 +428,9 @@ def test_amp_and_compile_are_chosen_by_the_machine_and_the_length_of_the_run(run
     result = run("train", *without_speed(tiny(pairs_dir, tmp_path / "run", max_steps=1)))
     assert result.status == 0, result
     arguments = json.loads((tmp_path / "run/args.json").read_text())
-    assert arguments["amp"] is fast_bfloat16(torch.device("cpu")) and arguments["compile"] is False
-    assert f"bfloat16 {arguments['amp']}, compile False" in result.out
+    half = "bf16" if fast_bfloat16(torch.device("cpu")) else False
+    assert arguments["amp"] == half and arguments["compile"] is False
+    assert f"mixed precision {half}, compile False" in result.out
 
 
 @pytest.mark.parametrize("steps, compiler, chosen", [(999, True, False), (1000, True, True), (1000, False, False)])
