@@ -20,17 +20,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
-from devices import fast_bfloat16, pick_device
-from inference import StripRunner
+from devices import HALF_PRECISIONS, fast_bfloat16, loader_processes, pick_device
+from inference import StripRunner, full_float32
 from losses import DerainLoss
 from networks import SAPNet
+from rain import TrainingRain
 from training_sets import find_training_sets
 from utils import InputError, at_least, run_script, write_text
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, **HALF_PRECISIONS}
 BATCH, PATCH, STRIDE = 12, 100, 80  # as published: patches a step, their side in px and the distance between them
+CONVOLUTION_FLOPS = 2 * 6 * 168_480  # a pixel in six stages: what share of the processor's peak "teraflops" are
 WARM_UP_ROWS = 321  # each network derains so many rows before it is timed, as kernels are compiled when first used
 WARM_UP_STEPS = 2  # training steps that are not timed, for the same reason
+LOADER_SECONDS = 10  # that a loader is timed for
 BASELINE_PIXELS = 3e6  # --baseline is left out for larger images: it would take minutes and tens of gigabytes
 
 
@@ -121,7 +124,7 @@ def build_runner(name, baseline, device):
     torch.manual_seed(0)
     if name == "baseline":
         net = load_baseline(baseline).to(device).eval()
-        return torch.inference_mode()(lambda image: final(net(image)))
+        return torch.inference_mode()(full_float32()(lambda image: final(net(image))))
     return StripRunner(SAPNet().to(device), PRECISIONS[name])
 
 
@@ -182,6 +185,7 @@ def bench_inference(args, device):
             row = {"what": f"inference {size[0]}x{size[1]} {name}", "seconds": seconds[name]}
             row["microseconds a pixel"] = seconds[name] / (size[0] * size[1]) * 1e6
             row["bytes a pixel"] = peak_memory(name, args.baseline, size, device)
+            row["teraflops"] = CONVOLUTION_FLOPS * size[0] * size[1] / seconds[name] / 1e12
             if "baseline" in names:
                 row["ratio"] = seconds[name] / seconds["baseline"]
             rows.append(row)
@@ -192,20 +196,19 @@ def bench_inference(args, device):
 # Training
 
 
-def training_step(net, criterion, device, fast, second_forward=False):
+def training_step(net, criterion, device, amp=None, compile_mode=None, second_forward=False):
     """A function that trains one step on random patches and returns {phase: seconds}.
 
     Args:
         net, criterion: the network and its loss, on ``device``.
         device: where to train.
-        fast: train as train.py does at its fastest: compiled, channels last and in bfloat16 where that is faster.
+        amp: "bf16" or "fp16" for mixed precision.
+        compile_mode: of torch.compile, "reduce-overhead" with CUDA graphs; None leaves the network as it is.
         second_forward: run the network once more after each step, as the published code does to print a PSNR.
     """
-    amp = fast and fast_bfloat16(device)
-    if fast:
-        net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    model = torch.compile(net) if fast else net
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    model = torch.compile(net, mode=compile_mode) if compile_mode else net
     rainy, clean = (torch.rand(BATCH, 3, PATCH, PATCH, device=device) for _ in range(2))
 
     def step():
@@ -216,15 +219,16 @@ def training_step(net, criterion, device, fast, second_forward=False):
                 torch.cuda.synchronize(device)
             marks.append(time.perf_counter())
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(device.type, HALF_PRECISIONS.get(amp), enabled=bool(amp)):
             derained = final(model(rainy)).float()
             mark()
             loss, _ = criterion(derained, clean, rainy)
         mark()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scaler.scale(loss).backward()
         mark()
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         mark()
         if second_forward:
             with torch.no_grad():
@@ -241,13 +245,20 @@ def bench_training(args, device):
     torch.manual_seed(0)
     pixel = DerainLoss(weights={}).to(device)
     every = DerainLoss(backbone_weights="random").to(device, memory_format=torch.channels_last)
-    steps = {
-        "pixel loss": training_step(SAPNet().to(device), pixel, device, fast=True),
-        "all losses": training_step(SAPNet().to(device), every, device, fast=True),
-    }
+
+    def fast_step(criterion, *options):
+        return training_step(SAPNet().to(device, memory_format=torch.channels_last), criterion, device, *options)
+
+    amp = "bf16" if fast_bfloat16(device) else None
+    steps = {"pixel loss": fast_step(pixel, amp, "default"), "all losses": fast_step(every, amp, "default")}
+    if device.type == "cuda":
+        for half in (None, *HALF_PRECISIONS):
+            for mode in (None, "default", "reduce-overhead"):
+                words = half or "fp32", {None: "eager", "default": "compiled"}.get(mode, "compiled with CUDA graphs")
+                steps["pixel loss, " + ", ".join(words)] = fast_step(pixel, half, mode)
     if args.baseline:
         baseline = load_baseline(args.baseline).to(device)
-        steps = {"baseline": training_step(baseline, pixel, device, False, True), **steps}
+        steps = {"baseline": training_step(baseline, pixel, device, second_forward=True), **steps}
     phases = {name: [] for name in steps}
     for repetition in range(WARM_UP_STEPS + args.steps):
         for name, step in steps.items():
@@ -278,17 +289,31 @@ def bench_data(args):
         rows.append({"what": f"packing {len(patches.names)} pairs", "seconds": seconds})
         rows[-1]["megabytes"] = patches.paths[0].stat().st_size / 1e6
         report(rows[-1])
-        for workers in (1, 2):
-            dataset = TrainingPatches([patches])
-            loader = DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), BATCH), num_workers=workers)
-            batches = iter(loader)
-            next(batches)  # waits for the workers to start
-            start = time.perf_counter()
-            count = sum(len(indices) for _, _, indices in batches)
-            seconds = time.perf_counter() - start
-            rows.append({"what": f"loader, {workers} workers", "seconds": seconds, "patches a second": count / seconds})
-            report(rows[-1])
+        for workers in sorted({1, 2, loader_processes()}):
+            for rain in (None, TrainingRain(synth=1, preset="heavy")):
+                dataset = TrainingPatches([patches], rain=rain)
+                loader = DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), BATCH), num_workers=workers)
+                what = f"loader, {workers} workers{', drawn heavy rain' if rain else ''}"
+                rows.append({"what": what, **time_loader(loader)})
+                report(rows[-1])
     return rows
+
+
+def time_loader(loader):
+    """How fast a loader is after its processes have started, for ``LOADER_SECONDS`` or an epoch.
+
+    Returns:
+        {"seconds", "patches a second"}.
+    """
+    batches, count = iter(loader), 0
+    next(batches)  # waits for the workers to start
+    start = time.perf_counter()
+    for _, _, indices in batches:
+        count += len(indices)
+        if time.perf_counter() - start > LOADER_SECONDS:
+            break
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "patches a second": count / seconds}
 
 
 def report(row):
@@ -301,7 +326,6 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
         processor = torch.cuda.get_device_name(device)
     else:
         cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()

@@ -95,6 +95,14 @@ def loader_processes():
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def threads_beside(device):
+    """How many threads read and measure images while the network is at another one.
+
+    None do on a CPU, whose cores the network itself uses.
+    """
+    return 0 if device.type == "cpu" else min(8, loader_processes())
+
+
 def free_memory(device=torch.device("cpu")):
     """Bytes that a program can take: of a CUDA device, or of the main memory without swapping.
 
@@ -150,6 +158,23 @@ def average(values, device):
     """The means of ``values`` over the processes of the run, as ``total``."""
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     return [value / ranks for value in total(values, device)]
+
+
+def from_first(value):
+    """What the first process of the run gives, in all of them; all must call this at the same time."""
+    box = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def to_first(value):
+    """A list of what each process of the run gives, in the first one, and an empty one in the others."""
+    if not distributed.is_initialized():
+        return [value]
+    boxes = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
+    distributed.gather_object(value, boxes)
+    return boxes or []
 
 
 def lost_process(error):

@@ -19,7 +19,10 @@ import math
 import mmap
 import sys
 import tempfile
+import threading
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -203,7 +206,7 @@ def window_sums(features, columns, dilation):
         dilation: of the convolution; its padding is the same.
 
     Returns:
-        (3, 3, C) of the ``widest`` type: for each tap (row, column of the kernel), its sum over all pixels of the output.
+        (3, 3, C), ``widest`` type: for each tap (row, column of the kernel), its sum over all pixels of the output.
     """
     reach = min(dilation, features.height)
     top = column_sums(features.rows(0, reach))
@@ -569,6 +572,52 @@ class StripRunner:
             columns += column_sums(rows)
             del seen, v  # or they would take memory until the next strip's are made
         return columns
+
+
+class SharedRunner:
+    """A runner that several threads call at the same time. It takes turns, with images of one size together.
+
+    Args:
+        runner: a ``StripRunner``, or any function from (N, 3, H, W) to (N, 3, H, W).
+        at_once: function of height and width, how many images a call of ``runner`` should have.
+    """
+
+    def __init__(self, runner, at_once=lambda height, width: 1):
+        self.runner, self.at_once = runner, at_once
+        self.turn, self.waiting, self.own = threading.Lock(), [], threading.local()
+
+    def __call__(self, rainy):
+        """(1, 3, H, W) float32 in [0, 1], on the network's device -> (1, 3, H, W) on the CPU."""
+        call = SimpleNamespace(rainy=rainy, derained=None)
+        self.waiting.append(call)
+        with self.turn:
+            if call.derained is None:
+                alike = [other for other in self.waiting if other.rainy.shape == rainy.shape and other is not call]
+                calls = [call, *alike[: self.at_once(*rainy.shape[2:]) - 1]]
+                try:
+                    self.run(calls)
+                except (torch.OutOfMemoryError, RunError):
+                    if len(calls) == 1:
+                        raise
+                    self.run([call])  # the others follow when it is their turn
+                finally:
+                    for other in calls:
+                        if other is call or other.derained is not None:
+                            self.waiting.remove(other)
+        self.own.seconds = call.seconds
+        return call.derained
+
+    def run(self, calls):
+        """Run the images of these calls together."""
+        started = time.perf_counter()
+        images = [call.rainy for call in calls]
+        results = self.runner(torch.cat(images) if len(images) > 1 else images[0]).cpu()  # waits for the device
+        for call, derained in zip(calls, results.split(1)):
+            call.derained, call.seconds = derained, (time.perf_counter() - started) / len(calls)
+
+    def seconds(self):
+        """What this thread's last image took, without the time in which others had their turn."""
+        return self.own.seconds
 
 
 def self_ensemble(runner):

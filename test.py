@@ -7,11 +7,14 @@ Writes one PNG an image and metrics.csv. The figures follow PReNet's MATLAB prot
 """
 import argparse
 import errno
+import math
 import os
 import sys
+import threading
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +24,12 @@ from tqdm import tqdm
 
 from checkpoints import add_network_options, find_checkpoint, load_network
 from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
-from devices import HALF_PRECISIONS, fast_bfloat16, free_memory, pick_device
-from images import WRITTEN, content_of, read_image, read_metadata, read_rgb, to_uint8, write_image
-from inference import StripRunner, self_ensemble, to_image, to_tensor
+from devices import (
+    HALF_PRECISIONS, fast_bfloat16, free_memory, from_first, join_processes, pick_device, rank_of_run, threads_beside,
+    to_first,
+)
+from images import WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
+from inference import SharedRunner, StripRunner, self_ensemble, to_image, to_tensor
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
 from metadata import Metadata
 from metrics import measure
@@ -31,11 +37,12 @@ from outputs import (
     COLUMNS, MARK, Job, average, check_outputs, default_output, describe, extension, name_outputs,
 )
 from pairs import check_sizes, read_clean, read_rainy
-from utils import InputError, RunError, add_flag, at_least, printable, progress, run_script, write_csv
+from utils import InputError, RunError, add_flag, ahead, at_least, printable, progress, run_script, write_csv
 from video import VideoOptions, derain_video, write_report
 from video_form import CODECS
 from video_input import clip_name, is_pattern
 
+LARGE = 2**22  # px of an image that is not in memory beside another one
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file system that cannot have such a name
 
 
@@ -93,7 +100,7 @@ def parse_args(argv=None):
         "--frames", type=frame_range, metavar="A:B",
         help="derain frames A to B of a video only, counted from 1; the sound is cut to them",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=("fp32", *HALF_PRECISIONS, "auto"), default="fp32",
         help="of the convolutions; auto is fp16 on a GPU, bf16 on a CPU that is faster with it (default: %(default)s)",
@@ -250,7 +257,7 @@ def process(runner, job, device, saving=Saving()):
             metadata = read_metadata(pair.rainy) if saving.metadata else Metadata()
             started = time.perf_counter()
             result, derained = derain(runner, image, device)
-            row["seconds"] = time.perf_counter() - started
+            row["seconds"] = runner.seconds() if isinstance(runner, SharedRunner) else time.perf_counter() - started
 
     # 3. Save
     if result is not None:
@@ -273,34 +280,52 @@ def process(runner, job, device, saving=Saving()):
     return row, thumbnail(row["image"], rainy, derained)
 
 
-def derain_images(runner, jobs, args, device):
+def derain_images(runner, jobs, args, device, share=(0, 1)):
     """Derain, save and measure the picture of each ``Job``; a bad one does not cost the others.
 
+    Args:
+        runner, jobs, args, device: as above.
+        share: (rank, ranks): with several processes, each takes its share of the jobs, and the first one reports.
+
     Returns:
-        [(name, reason)] of those that failed.
+        [(name, reason)] of those that failed; in the first process of all.
     """
-    rows, thumbnails, failures, reduced = [], [], [], []
     saving = Saving(args.overwrite, args.metadata, args.quality)
     step = -(-len(jobs) // MAX_THUMBNAILS)
-    for number, job in enumerate(progress(jobs, "deraining")):
-        row, reason = None, None
+    (rank, ranks), threads = share, threads_beside(device)
+    alone = threading.Lock()  # so that the threads have no two large images in memory
+
+    def attempt(numbered):
+        number, job = numbered
+        row = small = reason = None
         try:
-            row, small = process(runner, job, device, saving)
+            large = threads and math.prod(image_size(job.pair.rainy)) > LARGE
+            with alone if large else nullcontext():
+                row, small = process(runner, job, device, saving)
         except InputError as error:
             reason = printable(error)  # not the error, which holds all that had been computed
-        if row is None:
-            failures.append((printable(job.name), reason))
-            if len(jobs) > 1:
-                tqdm.write(f"error: {reason}")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # of an image that was too large
-            continue
-        if row.pop("reduced", False):
-            reduced.append(row["image"])
-        tqdm.write(describe(row))
-        rows.append(row)
-        if small is not None and number % step == 0:
-            thumbnails.append(small)
+        return number, row, small if number % step == 0 else None, reason
+
+    def tell(row, reason):
+        if row:
+            tqdm.write(describe(row))
+        elif len(jobs) > 1:
+            tqdm.write(f"error: {reason}")
+
+    mine, results = list(enumerate(jobs))[rank::ranks], []
+    for result in ahead(attempt, progress(mine, "deraining"), threads):
+        results.append(result)
+        tell(result[1], result[3])
+        if result[3] and device.type == "cuda":
+            torch.cuda.empty_cache()  # of an image that was too large
+    everyone = sorted((result for part in to_first(results) for result in part), key=itemgetter(0))
+    for number, row, _, reason in everyone:
+        if number % ranks != rank:
+            tell(row, reason)
+
+    rows = [row for _, row, _, _ in everyone if row]
+    reduced = [row["image"] for row in rows if row.pop("reduced", False)]
+    thumbnails = [small for _, _, small, _ in everyone if small is not None]
     if rows:
         write_csv(args.output_path / "metrics.csv", COLUMNS, [*rows, average(rows)])
         print(describe(average(rows)))
@@ -311,7 +336,7 @@ def derain_images(runner, jobs, args, device):
         sheet_path = args.output_path / "contact_sheet.jpg"
         save(sheet_path, contact_sheet(thumbnails), Metadata())
         print(f"panels in {printable(args.output_path / 'comparison')}, {len(thumbnails)} images on {sheet_path.name}")
-    return failures
+    return [(printable(jobs[number].name), reason) for number, _, _, reason in everyone if reason]
 
 
 # Videos
@@ -370,7 +395,7 @@ def load_runner(args, device):
     net = load_network(args.checkpoint, args.recurrent_iter, args.use_dilation).to(device)
     max_memory = 0.75 * free_memory() if args.max_memory is None else args.max_memory * 2**30
     runner = StripRunner(net, HALF_PRECISIONS.get(precision, torch.float32), max_memory)
-    return self_ensemble(runner) if args.self_ensemble else runner
+    return SharedRunner(self_ensemble(runner) if args.self_ensemble else runner, runner.images_at_once)
 
 
 def refuse_to_overwrite(jobs, inputs, args):
@@ -386,13 +411,8 @@ def refuse_to_overwrite(jobs, inputs, args):
     check_outputs(written, read, args.output_path)
 
 
-def main():
-    args = parse_args()
-    check_options(args)
-    if not args.results_path:
-        print(f"weights: {printable(args.checkpoint)}")
-
-    # 1. Which pictures and videos, and where each result goes
+def plan(args):
+    """Which pictures and videos there are, and where each result goes: (``Inputs``, a ``Job`` for each picture)."""
     inputs = find_results(args) if args.results_path else find_inputs(args)
     for name in ("crf", "frames"):
         if getattr(args, name) is not None and not inputs.clips:
@@ -403,12 +423,28 @@ def main():
         changed = [job for job in jobs if job.output.suffix == ".png" and content_of(job.pair.rainy) != "PNG"]
         if changed:
             print(f"--format same: as PNG {', '.join(printable(job.name) for job in changed)}")
+    return inputs, jobs
+
+
+def main():
+    args = parse_args()
+    check_options(args)
+    rank, ranks = rank_of_run()
+    device = pick_device(args.device)
+    join_processes(torch.device("cpu"))  # the processes tell one another of files, never of tensors
+    if not args.results_path:
+        print(f"weights: {printable(args.checkpoint)}")
+
+    # 1. Plan: the first process looks at the folders, before any writes
+    inputs, jobs = from_first(plan(args) if rank == 0 else None)
 
     # 2. Derain and measure each
-    device = pick_device(args.device)
     runner = None if args.results_path else load_runner(args, device)
-    failures = derain_images(runner, jobs, args, device) if jobs else []
-    failures += derain_clips(runner, inputs.clips, args, device)
+    failures = derain_images(runner, jobs, args, device, (rank, ranks)) if jobs else []
+    clips = to_first(derain_clips(runner, inputs.clips[rank::ranks], args, device))
+    failures += [failure for some in clips for failure in some]
+    if rank > 0:
+        return
 
     # 3. What was not done
     if inputs.others:

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
     HALF_PRECISIONS, FiniteCheck, StopSignal, average, choose_speed, ignore_lost_children, join_processes,
     leave_signals_to_parent, loader_processes, lost_process, mixed_precision, pick_device, rank_of_run, restarted,
-    total,
+    threads_beside, total,
 )
-from inference import StripRunner, to_image, to_tensor
+from inference import SharedRunner, StripRunner, to_image, to_tensor
 from losses import add_loss_options, batch_psnr, build_criterion
 from metrics import METRICS, measure
 from muon import build_optimizers
@@ -39,7 +38,7 @@ from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_a
 from training_sets import (
     add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation,
 )
-from utils import InputError, RunError, add_flag, at_least, progress, run_script
+from utils import InputError, RunError, add_flag, ahead, at_least, progress, run_script
 
 
 def parse_args(argv=None):
@@ -242,15 +241,16 @@ def take_step(args, model, criterion, optimizers, scaler, batch, skip):
 def validate(net, pairs, device, rank=0, ranks=1):
     """Average PSNR and SSIM (``metrics.measure``) of ``net`` on whole images, in float32.
 
-    Each process of the run takes its share of the pairs. Worker threads measure while the network is at the next pair.
+    Each process of the run takes its share of the pairs.
     """
-    runner, results = StripRunner(net), []
-    with ThreadPoolExecutor(loader_processes()) as workers:
-        for pair in progress(pairs[rank::ranks], "validation"):
-            rainy, clean = read_pair(pair)
-            derained = to_image(runner(to_tensor(rainy).to(device)))
-            results.append(workers.submit(measure, derained, clean))
-    results = [result.result() for result in results]
+    runner = SharedRunner(StripRunner(net))
+
+    def score(pair):
+        rainy, clean = read_pair(pair)
+        return measure(to_image(runner(to_tensor(rainy).to(device))), clean)
+
+    mine = progress(pairs[rank::ranks], "validation")
+    results = list(ahead(score, mine, threads_beside(device)))
     sums = total([sum(result[name] for result in results) for name in METRICS], device)
     return {f"val_{name}": value / len(pairs) for name, value in zip(METRICS, sums)}
 

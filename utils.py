@@ -13,6 +13,8 @@ import socket
 import sys
 import time
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -220,6 +222,23 @@ def take_lock(file, path):
 
 
 # Progress
+
+
+def ahead(function, items, threads):
+    """Yield ``function(item)`` of each item, in order, while ``threads`` work on the next ones; with 0 none does."""
+    if not threads:
+        yield from map(function, items)
+        return
+    pool, futures = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > threads:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def progress(items, description, total=None, status=None):

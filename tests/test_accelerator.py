@@ -1,6 +1,7 @@
 """The GPU path without a GPU: what a step and an image launch on a device, and that nothing waits for the device.
 
-Tensors without data stand in for those of the device. A real CUDA device cannot: PyTorch's backward pass asks its driver.
+Tensors without data stand in for those of the device. They are not called "cuda", as PyTorch's backward pass asks the
+driver of such.
 """
 import json
 import subprocess
