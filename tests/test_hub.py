@@ -1,4 +1,6 @@
 """hubconf.py: SAPNet from another program, whose modules may be called as ours."""
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -291,3 +293,22 @@ def test_without_opencv_arrays_still_work_and_files_say_what_is_missing(monkeypa
     assert derain(GOOD).shape == GOOD.shape
     with pytest.raises(ImportError, match="pip install pillow opencv-python-headless"):
         derain(ROOT / "results/sample.jpg")
+
+
+# The page
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    """All blocks marked as Python, one after the other, but OpenVINO's, and spandrel's only where it is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").symlink_to(BUNDLED)
+    save(tmp_path / "rainy.png", photo(1, 24, 32))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names = {"FOLDER": str(ROOT)}
+    for block in blocks:
+        package = re.match(r"(?:import numpy as np\n)?import (openvino|spandrel)\n", block)
+        if package and (package[1] == "openvino" or not importlib.util.find_spec(package[1])):
+            continue  # OpenVINO is too large a package for a test of one page
+        exec(compile(block, "docs/python.md", "exec"), names)
+    assert read_image("derained.png").shape == read_image("new.png").shape == (24, 32, 3)
