@@ -280,8 +280,8 @@ def _check_array(image):
     """Refuse what is no (H, W, 3) or (H, W, 4) array of 8 or 16 bits."""
     if image.dtype.kind == "f":
         raise TypeError(
-            f"an array of {image.dtype}: expected uint8 or uint16, of numbers in [0, 1]"
-            " np.rint(255 * image).astype(np.uint8)"
+            f"an array of {image.dtype}: expected uint8 or uint16, as np.rint(255 * image).astype(np.uint8) makes of"
+            " numbers in [0, 1]"
         )
     if image.dtype.kind != "u" or image.dtype.itemsize > 2:
         raise TypeError(f"an array of {image.dtype}: expected uint8 or uint16")
