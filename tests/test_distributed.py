@@ -1,4 +1,4 @@
-"""Two processes over gloo: the run of one process with the same global batch, and an end when one of them is lost."""
+"""Processes over gloo: the run of one process with the same global batch, and an end when one of them is lost."""
 import os
 import re
 import signal
@@ -12,15 +12,17 @@ from torch import distributed
 
 import train
 from checkpoints import load_weights
-from conftest import ROOT, make_pairs
+from conftest import ROOT, contents, make_pairs
 from devices import lost_process
 from networks import SAPNet
+from test_test import read_csv
 from test_train import TIMES, options, read_lines, read_state, tiny, without
 from utils import InputError
 
 
-def start(processes, *arguments, script=ROOT / "train.py"):
+def start(processes, *arguments, script=ROOT / "train.py", restarts=0):
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    launcher.append(f"--max_restarts={restarts}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -65,27 +67,39 @@ def initial_weights():
     return flat(SAPNet().state_dict())
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(run, tmp_path):
-    """With Muon and the average of the weights. What is logged is the mean of both, whose patches differ."""
-    pairs, val = make_pairs(tmp_path / "pairs"), make_pairs(tmp_path / "val", (4,))
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A run of one process, with Muon, the average of the weights and validation: its flags and its folder."""
+    folder = tmp_path_factory.mktemp("one")
+    pairs, val = make_pairs(folder / "pairs"), make_pairs(folder / "val", (4, 5, 6))
     flags = {"max_steps": 6, "optimizer": "muon", "ema": 0.9, "save_steps": 2, "val_path": val, "recurrent_iter": 1}
-    out, _ = finish(start(2, *options(pairs, tmp_path / "two", **flags)))
+    command = [sys.executable, str(ROOT / "train.py"), *options(pairs, folder / "run", **flags)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    return pairs, flags, folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_as_one(one_process, tmp_path, processes):
+    """What is logged is the mean of all, whose patches differ. The pairs to validate on are shared among them."""
+    pairs, flags, alone = one_process
+    out, _ = finish(start(processes, *options(pairs, tmp_path / "several", **flags)))
     assert out.count("epoch 1, step 4,") == 1, "one process writes the log"
-    assert run("train", *options(pairs, tmp_path / "one", **flags)).status == 0
-    lines = [read_lines(tmp_path / name) for name in ("one", "two")]
+    folders = alone, tmp_path / "several"
+    lines = [read_lines(folder) for folder in folders]
     assert len(lines[0]) == len(lines[1]) == 6 + 2
-    for one, two in zip(*lines):
-        assert without(two, TIMES) == pytest.approx(without(one, TIMES), rel=1e-3)
-    one, two = (read_state(tmp_path / name) for name in ("one", "two"))
-    sums = [state["position"].pop("totals") for state in (one, two)]
+    for one, several in zip(*lines):
+        assert without(several, TIMES) == pytest.approx(without(one, TIMES), rel=1e-3)
+    one, several = map(read_state, folders)
+    sums = [state["position"].pop("totals") for state in (one, several)]
     assert sums[0] and sums[1] == pytest.approx(sums[0], rel=1e-3)
-    assert without(two["position"], ["best_psnr_y"]) == without(one["position"], ["best_psnr_y"])
-    assert (one["horizon"]["processes"], two["horizon"]["processes"]) == (1, 2)
+    assert without(several["position"], ["best_psnr_y"]) == without(one["position"], ["best_psnr_y"])
+    assert (one["horizon"]["processes"], several["horizon"]["processes"]) == (1, processes)
     for name in ("net", "averaged"):
-        assert_nearly_same_weights(two[name], one[name], initial_weights(), 0.01)
-    assert not torch.equal(flat(two["net"]), flat(two["averaged"]))
-    assert torch.equal(flat(load_weights(tmp_path / "two/net_latest.pth")), flat(two["averaged"]))
+        assert_nearly_same_weights(several[name], one[name], initial_weights(), 0.01)
+    assert not torch.equal(flat(several["net"]), flat(several["averaged"]))
+    assert torch.equal(flat(load_weights(folders[1] / "net_latest.pth")), flat(several["averaged"]))
 
 
 @pytest.mark.slow
@@ -130,6 +144,63 @@ def test_the_run_ends_when_a_process_is_lost(run, tmp_path, lost):
     step = read_state(folder)["position"]["step"]
     result = run("train", *tiny(pairs, folder, "--resume", stop_after=step + 1, **flags))
     assert result.status == 0 and read_state(folder)["position"]["step"] == step + 1, result
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_process_and_it_goes_on(tmp_path):
+    pairs, folder = make_pairs(tmp_path / "pairs"), tmp_path / "run"
+    flags = {"epochs": 1000, "milestone": 1000, "max_steps": 300, "save_steps": 2}
+    process = start(2, *tiny(pairs, folder, **flags), restarts=1)
+    os.kill(wait_for_state(process, folder)[1], signal.SIGKILL)
+    out, err = finish(process)
+    assert "another process of the run is gone" in err
+    (going_on,) = re.findall(r"going on after step (\d+)", out)
+    assert 0 < int(going_on) < 300 == read_state(folder)["position"]["step"]
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from datetime import timedelta
+import DerainDataset, train, utils
+from torch.distributed import distributed_c10d
+
+distributed_c10d.default_pg_timeout = timedelta(seconds=2)
+pack = DerainDataset.pack
+
+def slow_pack(*arguments):
+    time.sleep(6)
+    return pack(*arguments)
+
+DerainDataset.pack = slow_pack
+utils.run_script(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_first_process_that_packs_for_longer_than_pytorch_waits_does_not_end_the_run(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(root=str(ROOT)))
+    finish(start(2, *tiny(make_pairs(tmp_path / "pairs"), tmp_path / "run", max_steps=2), script=script))
+    assert read_state(tmp_path / "run")["position"]["step"] == 2
+
+
+@pytest.mark.slow
+def test_processes_share_the_pictures_of_a_folder(run, tmp_path, checkpoint):
+    folder = make_pairs(tmp_path / "pairs", range(1, 6))
+    (folder / "rain-6.png").write_bytes((folder / "rain-1.png").read_bytes()[:200])
+    (folder / "norain-6.png").write_bytes((folder / "norain-1.png").read_bytes())
+    arguments = ["--test_data_path", folder, "--save_path", checkpoint, "--device", "cpu"]
+    alone = run("test", *arguments, "--output_path", tmp_path / "alone")
+    out, err = finish(start(2, *arguments, "--output_path", tmp_path / "both", script=ROOT / "test.py"), status=1)
+    assert alone.status == 1 and alone.err.splitlines()[-1] in err
+    tables = [
+        [without(row, ["seconds"]) for row in read_csv(tmp_path / name / "metrics.csv")] for name in ("alone", "both")
+    ]
+    assert tables[0] == tables[1] and tables[0][-1]["image"] == "average of 5"
+    pictures = [without(contents(tmp_path / name), ["metrics.csv"]) for name in ("alone", "both")]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 5
+    assert out.count("rain-2.png") == 1
 
 
 BROKEN = """
