@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
-from devices import HALF_PRECISIONS, fast_bfloat16, loader_processes, pick_device
+from devices import HALF_PRECISIONS, PeakMemory, fast_bfloat16, loader_processes, pick_device
 from inference import StripRunner, full_float32
 from losses import DerainLoss
 from networks import SAPNet
@@ -128,12 +128,6 @@ def build_runner(name, baseline, device):
     return StripRunner(SAPNet().to(device), PRECISIONS[name])
 
 
-def memory_kib(field):
-    """A field of /proc/self/status, such as VmRSS, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def measure_peak(name, baseline, size, device, queue):
     """Put into ``queue`` how many bytes a pixel deraining takes, beyond the loaded program. Runs in its own process.
 
@@ -146,17 +140,9 @@ def measure_peak(name, baseline, size, device, queue):
     run = build_runner(name, baseline, device)
     run(torch.rand(1, 3, 64, 64, device=device))
     image = torch.rand(1, 3, *size, device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    with PeakMemory(device) as memory:
         run(image)
-        used = torch.cuda.max_memory_allocated(device) - before
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the largest resident size
-        before = memory_kib("VmRSS")
-        run(image)
-        used = (memory_kib("VmHWM") - before) * 1024
-    queue.put(used / (size[0] * size[1]))
+    queue.put(memory.peak and memory.peak / (size[0] * size[1]))
 
 
 def peak_memory(*job):

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -116,6 +116,44 @@ def free_memory(device=torch.device("cpu")):
     except OSError:
         return float("inf")
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+class PeakMemory:
+    """Measures by how much the memory in use grows at most within a ``with`` block.
+
+    Args:
+        device: a GPU, whose tensors are counted, or the CPU, where it is the whole process.
+
+    Attributes:
+        peak: bytes, after the block; None where the system does not say.
+    """
+
+    def __init__(self, device):
+        self.device, self.peak = device, None
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return self
+        self.before = None
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the largest resident size
+            self.before = resident_memory("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        if self.before is None:
+            return
+        cuda = self.device.type == "cuda"
+        after = torch.cuda.max_memory_allocated(self.device) if cuda else resident_memory("VmHWM")
+        self.peak = max(0, after - self.before)
+
+
+def resident_memory(field):
+    """Bytes of main memory that this process has now ("VmRSS") or has had at most ("VmHWM")."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def rank_of_run():

@@ -342,25 +342,38 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
 # Videos
 
 
-def derain_clip(runner, args, device):
-    """Derain the video --test_data_path, and report how steady it is."""
-    source = args.test_data_path
+def video_options(args):
+    """The ``VideoOptions`` that the options ask for."""
     settings = {
         "weights": zlib.crc32(args.checkpoint.read_bytes()), "recurrent_iter": args.recurrent_iter,
         "use_dilation": args.use_dilation, "precision": args.precision, "self_ensemble": args.self_ensemble,
     }
-    options = VideoOptions(args.codec, args.crf, args.frames, args.overwrite, settings)
-    result = derain_video(source, args.output_path, lambda frame: derain(runner, frame, device)[0], options)
+    return VideoOptions(args.codec, args.crf, args.frames, args.overwrite, settings)
+
+
+def describe_change(average):
+    """How steady a video is, from the averages of its report, as a sentence; "" where nothing in it stands still."""
+    if np.isnan(average["change_rainy"]):
+        return ""
+    return (
+        f"change between frames where the scene stands still ({average['static']:.0%} of the pixels):"
+        f" {average['change_rainy']:.3f} grey levels before, {average['change_derained']:.3f} after"
+    )
+
+
+def derain_clip(runner, args, device):
+    """Derain the video --test_data_path, and report how steady it is."""
+    source = args.test_data_path
+    result = derain_video(
+        source, args.output_path, lambda frame: derain(runner, frame, device)[0], video_options(args)
+    )
     if result is None:  # it was there already
         return
     if result.rows:
         average = write_report(result.output.with_suffix(".csv"), result.rows)
         print(f"{len(result.rows)} frames, {average['seconds']:.2f} s a frame, in {printable(result.output)}")
-        if not np.isnan(average["change_rainy"]):
-            print(
-                f"change between frames where the scene stands still ({average['static']:.0%} of the pixels):"
-                f" {average['change_rainy']:.3f} grey levels before, {average['change_derained']:.3f} after"
-            )
+        if change := describe_change(average):
+            print(change)
     if result.stopped:
         print(f"stopped after frame {result.last}; the same command with --overwrite False goes on from there")
         sys.exit(128 + result.stopped)
