@@ -32,19 +32,21 @@ def pick_device(name):
     Raises:
         InputError: this machine has no such device, or fewer cards than processes.
     """
+    chosen = name
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    processes, number = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
-    own = f"cuda:{number}" if name == "cuda" or name.startswith("cuda:") and processes > 1 else name
+        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if chosen == "cuda" or chosen.startswith("cuda:") and processes > 1:
+        chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(own)
+        device = torch.device(chosen)
         if device.type == "meta":
             raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # an assertion where PyTorch was built without CUDA
         found = [f"cuda:{card}" for card in range(torch.cuda.device_count())]
         found += ["mps"] if torch.backends.mps.is_available() else []
-        needed = f", and one for each of {processes} processes" if own != name and processes > 1 else ""
+        needed = f", and one for each of {processes} processes" if chosen != name and processes > 1 else ""
         raise InputError(
             f"--device {name}: expected auto or a device of this machine ({', '.join(['cpu', *found])}){needed}"
         ) from None

@@ -15,12 +15,12 @@ import numpy as np
 
 from checkpoints import BUNDLED, find_checkpoint
 from images import WRITTEN, content_of, read_metadata
+from metrics import METRICS
 from pairs import Pair
 from utils import InputError, printable
 from video_input import clip_name, is_pattern
 
 MARK = "SAPNet"  # the software that a result names as its maker
-METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 COLUMNS = ("image", *METRICS, "seconds")  # of metrics.csv
 REPORTS = (",".join(COLUMNS), "frame,seconds,static,")  # how metrics.csv and a video's table begin
 EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # of the formats that can be written

@@ -1,0 +1,191 @@
+"""Which device, precision and number of processes and threads a run takes, with those of other machines imitated."""
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import devices
+from devices import choose_speed, loader_processes, pick_device, threads_beside
+from inference import SharedRunner
+from utils import InputError, ahead
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """cards(2) imitates a machine with two CUDA cards; returns the list of those that were made the current one."""
+    chosen = []
+
+    def imitate(count):
+        def empty(size, device):
+            if device.type == "cuda" and (device.index or 0) >= count:
+                raise RuntimeError("CUDA error: invalid device ordinal\nand more lines")
+
+        monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
+
+    return imitate
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_each_process_of_a_machine_takes_its_own_card(cards, monkeypatch, name):
+    chosen = cards(2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert pick_device(name) == chosen[-1] == torch.device(f"cuda:{rank}")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match=rf"--device {name}: .* \(cpu, cuda:0, cuda:1\), and one for each of"):
+        pick_device(name)
+
+
+def test_one_process_takes_the_card_that_is_named(cards, monkeypatch):
+    cards(2)
+    assert pick_device("cuda:1") == torch.device("cuda:1") and pick_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as torchrun --nproc_per_node=1 says
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:99", "mps", "meta", "gpu", ""])
+def test_a_device_that_is_not_there_is_refused_in_a_short_sentence(name):
+    if name == "cuda" and torch.cuda.is_available() or name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(InputError, match=r"^--device .*: expected auto or a device of this machine \(cpu") as caught:
+        pick_device(name)
+    assert len(str(caught.value)) < 120
+
+
+@pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda:0"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_takes_the_gpu_there_is(cards, monkeypatch, cuda, mps, chosen):
+    cards(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device("auto") == torch.device(chosen)
+
+
+@pytest.mark.parametrize(
+    "bfloat16, capability, asked, given",
+    [
+        (True, (9, 0), None, "bf16"), (False, (7, 5), None, "fp16"), (False, (6, 1), None, False),
+        (False, (7, 5), True, "fp16"), (False, (6, 1), True, "bf16"), (True, (9, 0), "fp16", "fp16"),
+        (True, (9, 0), False, False),
+    ],
+)
+def test_mixed_precision_is_that_of_the_card(monkeypatch, capsys, bfloat16, capability, asked, given):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    args = SimpleNamespace(amp=asked, compile=False, channels_last=True, num_workers=2)
+    choose_speed(args, torch.device("cuda:0"), 10)
+    assert args.amp == given and f"mixed precision {given}" in capsys.readouterr().out
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("cores, processes, loaders", [(1, 1, 1), (2, 1, 2), (16, 1, 16), (64, 1, 16), (64, 8, 8)])
+def test_loader_processes_share_the_cores(monkeypatch, cores, processes, loaders):
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loader_processes() == loaders
+    assert threads_beside(torch.device("cpu")) == 0 and threads_beside(torch.device("cuda:0")) == min(8, loaders)
+
+
+# Threads beside the network
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_ahead_keeps_the_order_and_is_not_far_ahead(threads):
+    begun, largest = [], 0
+
+    def square(number):
+        begun.append(number)
+        time.sleep(0.01 * (number % 2))
+        return number**2
+
+    for count, result in enumerate(ahead(square, range(20), threads)):
+        assert result == count**2
+        largest = max(largest, len(begun) - count)
+    assert largest <= threads + 1
+
+
+def test_ahead_hands_on_an_exception_and_starts_no_more():
+    begun = []
+
+    def fail(number):
+        begun.append(number)
+        if number == 1:
+            raise ZeroDivisionError
+
+    results = ahead(fail, range(100), 2)
+    next(results)
+    with pytest.raises(ZeroDivisionError):
+        list(results)
+    assert len(begun) < 10
+
+
+class Listening:
+    """A network that doubles its images; the first call waits until ``others`` threads are waiting behind it."""
+
+    def __init__(self, others, fail=None):
+        self.batches, self.others, self.fail, self.shared = [], others, fail, None
+
+    def __call__(self, rainy):
+        while not self.batches and len(self.shared.waiting) <= self.others:
+            time.sleep(0.001)
+        self.batches.append(tuple(rainy.shape))
+        if self.fail and len(rainy) > 1:
+            raise self.fail
+        return 2 * rainy
+
+
+def call_together(runner, images):
+    """The results of one thread an image; the first one begins alone."""
+    results = {}
+
+    def call(number):
+        results[number] = runner(images[number]), runner.seconds()
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(len(images))]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in range(len(images))]
+
+
+@pytest.mark.parametrize("fail", [None, torch.OutOfMemoryError()], ids=["", "out of memory"])
+def test_threads_get_their_images_and_those_of_one_size_go_together(fail):
+    images = [torch.rand(1, 3, 4, 5) for _ in range(4)] + [torch.rand(1, 3, 6, 5)]
+    network = Listening(4, fail)
+    network.shared = SharedRunner(network, lambda height, width: 2)
+    results = call_together(network.shared, images)
+    for image, (derained, seconds) in zip(images, results):
+        assert torch.equal(derained, 2 * image) and seconds > 0
+    sizes = [shape[0] for shape in network.batches]
+    assert sizes[0] == 1 and max(sizes) == 2, "the first one began alone"
+    assert sum(sizes) == 5 if fail is None else sizes.count(1) == 5
+    assert not network.shared.waiting
+
+
+def test_a_thread_that_fails_does_not_cost_the_others():
+    def network(rainy):
+        if rainy.max() > 1:
+            raise ValueError("too bright")
+        return rainy
+
+    runner, results = SharedRunner(network), []
+
+    def call(value):
+        try:
+            results.append(runner(torch.full((1, 3, 2, 2), value)).max().item())
+        except ValueError as error:
+            results.append(str(error))
+
+    for value in (0.5, 2.0, 0.25):
+        call(value)
+    assert results == [0.5, "too bright", 0.25] and not runner.waiting
