@@ -6,8 +6,8 @@ derains the images of a folder with it.
 
 ``StripRunner`` computes what ``SAPNet.forward`` computes, apart from rounding, with these three changes:
 
-1. Each layer runs over the image in horizontal strips that are small enough to stay in the CPU's cache. Its results
-   go to feature maps that are allocated once and used by all stages.
+1. Each layer runs over the image in horizontal strips that are small enough to stay in the CPU's cache, one at a time
+   on each core. Its results go to feature maps that are allocated once and used by all stages.
 2. CRA's gate depends on the mean of a convolution's output over the whole image. This mean follows from a few sums
    over the convolution's input (``window_sums``), so the gate is known before the convolution runs. It is multiplied
    into the convolution's weights and costs nothing per pixel.
@@ -17,11 +17,14 @@ derains the images of a folder with it.
 import copy
 import math
 import mmap
+import os
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,6 +176,41 @@ class FeatureMap:
         """List of (start, stop), the first row of each strip and the row after its last."""
         step = strip_rows(self.data.shape[3], self.strip_pixels, small)
         return [(start, min(start + step, self.height)) for start in range(0, self.height, step)]
+
+
+@lru_cache
+def strip_threads(count, process):
+    """``count`` threads that each use one core, for whole strips of an image.
+
+    PyTorch would use all cores within each operation instead. An operation on a strip takes less than a millisecond,
+    and at the end of each the cores wait for one another, spinning: beside another program, which takes a core for
+    longer than that, an image then takes ten times as long. These threads wait for one another once a layer, asleep.
+
+    Args:
+        count: of threads.
+        process: the number of this process; a fork has none of its parent's threads and makes its own.
+    """
+    ready = threading.Barrier(count + 1)
+
+    def begin():
+        torch.set_num_threads(1)
+        ready.wait()
+
+    threads = ThreadPoolExecutor(count, "strip", initializer=begin)
+    for _ in range(count):
+        threads.submit(int)
+    ready.wait()
+    torch.set_num_threads(count)  # what a thread sets holds for later ones too
+    return threads
+
+
+def for_each(function, strips, device):
+    """The list of function(start, stop) of each strip; on a CPU, each core has one strip at a time."""
+    count = torch.get_num_threads()
+    if device.type != "cpu" or count == 1:
+        return [function(*strip) for strip in strips]
+    run = torch.inference_mode()(function)  # the mode is that of a thread
+    return list(strip_threads(count, os.getpid()).map(run, *zip(*strips)))
 
 
 # What the layers compute
@@ -485,9 +523,12 @@ class StripRunner:
                 columns = self.convolve(first, source, columns, scratch)
                 columns = self.convolve(second, scratch, columns, features, residual=source)
                 source = features
-            for start, stop in features.strips(small=True):
-                estimate = F.conv2d(features.rows(start, stop, 1).float(), *self.conv, padding=(0, 1))
-                torch.add(estimate, rainy[:, :, start:stop], out=images.rows(start, stop)[:, 3:])
+
+            def estimate(start, stop, features=features):
+                residual = F.conv2d(features.rows(start, stop, 1).float(), *self.conv, padding=(0, 1))
+                torch.add(residual, rainy[:, :, start:stop], out=images.rows(start, stop)[:, 3:])
+
+            for_each(estimate, features.strips(small=True), rainy.device)
         return images.rows(0, height)[:, 3:].contiguous()
 
     def lstm(self, images, hidden, cell, output, first_stage):
@@ -501,14 +542,14 @@ class StripRunner:
         Returns:
             (W, 32) the ``column_sums`` of ``output``.
         """
-        columns = 0
-        for start, stop in output.strips(small=True):
+
+        def step(start, stop):
             f = self.gate_input(images, None if first_stage else hidden, start, stop)
             rows = output.rows(start, stop)
             rows.copy_(self.step_cell(f, cell.rows(start, stop), first_stage))
-            columns += column_sums(rows)
-            del f  # or it would take memory until the next strip's is made
-        return columns
+            return column_sums(rows)
+
+        return sum(for_each(step, output.strips(small=True), output.data.device))
 
     def gate_input(self, images, hidden, start, stop):
         """Input of the gates' convolutions for a strip, a row above and below included.
@@ -552,10 +593,10 @@ class StripRunner:
             (W, 32) the ``column_sums`` of ``output``.
         """
         weight, bias = conv.fold(source, columns, self.conv_dtype)
-        dilation, columns = conv.dilation, 0
-        for start, stop in source.strips():
-            seen = source.rows(start, stop, dilation).to(weight.dtype)
-            v = dilated_conv(seen, weight, bias, dilation)
+
+        def run(start, stop):
+            seen = source.rows(start, stop, conv.dilation).to(weight.dtype)
+            v = dilated_conv(seen, weight, bias, conv.dilation)
             rows = output.rows(start, stop)
             if residual is None:
                 relu(v, out=rows)
@@ -569,9 +610,9 @@ class StripRunner:
                     relu(total, out=total)
                 if total is v:
                     rows.copy_(v)
-            columns += column_sums(rows)
-            del seen, v  # or they would take memory until the next strip's are made
-        return columns
+            return column_sums(rows)
+
+        return sum(for_each(run, source.strips(), source.data.device))
 
 
 class SharedRunner:

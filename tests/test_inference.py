@@ -1,5 +1,6 @@
 """The strip runner against the plain network: same numbers, whatever the size, the strips and the memory."""
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,36 @@ def test_strips_on_the_cpu_and_for_what_they_are_better_at():
         runner = StripRunner(SAPNet())
     assert runner.images_at_once(321, 481) == 6 and runner.images_at_once(2848, 4288) == 1
     assert StripRunner(SAPNet()).images_at_once(8, 8) == 1
+
+
+def test_threads_that_share_the_strips_change_nothing():
+    """Not the result, nor how many threads PyTorch uses afterwards; a fork makes threads of its own."""
+    runner, image, before = StripRunner(network()), torch.rand(1, 3, 90, 70), torch.get_num_threads()
+    expected, results = runner(image), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(runner(image))
+            assert torch.get_num_threads() == count
+        if hasattr(os, "fork"):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(runner(image), expected) else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_strip_that_fails_ends_the_image(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(inference, "dilated_conv", lambda *arguments: 1 / 0)
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ZeroDivisionError):
+            StripRunner(network())(torch.rand(1, 3, 90, 70))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_images_of_a_batch_do_not_meet():
