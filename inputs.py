@@ -159,12 +159,20 @@ def find_inputs(args):
 
 
 def find_results(args):
-    """The ``Inputs`` under --results_path: pairs, each with the picture that another method made of its rainy image."""
+    """The ``Inputs`` under --results_path: pairs, each with the picture that another method made of its rainy image.
+
+    With --no_reference rainy images that have no clean one count too.
+    """
     folder, from_folder = args.test_data_path, args.results_path
-    found = find_pairs(folder, "--test_data_path", args.clean_path, args.side_by_side)
-    results, unused = match_results(found.pairs, from_folder)
-    report_left_out(folder, found.alone + found.unused)
+    found = find_pairs(folder, "--test_data_path", args.clean_path, args.side_by_side, required=not args.no_reference)
+    pairs, left_out = found.pairs, found.alone + found.unused
+    if args.no_reference:
+        pairs, left_out = [*found.pairs, *(Pair(path, None) for path in found.alone)], found.unused
+        if found.alone:
+            print(f"{printable(folder)}: no clean images of {len(found.alone)}, so no PSNR and SSIM of these")
+    results, unused = match_results(pairs, from_folder)
+    report_left_out(folder, left_out)
     report_left_out(from_folder, unused, "no image of the set by their names")
-    matched = list(zip(found.pairs, results))
+    matched = list(zip(pairs, results))
     missing = [pair.rainy for pair, result in matched if not result]
     return Inputs([(pair, Path(), result) for pair, result in matched if result], [], unused, [], missing)

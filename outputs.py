@@ -22,6 +22,10 @@ from video_input import clip_name, is_pattern
 
 MARK = "SAPNet"  # the software that a result names as its maker
 COLUMNS = ("image", *METRICS, "seconds")  # of metrics.csv
+NO_REFERENCE = {  # metric of --no_reference: (its further columns in metrics.csv, what has no value)
+    "NIQE": (("niqe_rainy", "niqe_derained"), "under 192x96 px, or without structure"),
+    "PIQE": (("piqe_rainy", "piqe_derained"), "under 16 px, or without detail"),
+}
 REPORTS = (",".join(COLUMNS), "frame,seconds,static,")  # how metrics.csv and a video's table begin
 EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # of the formats that can be written
 
@@ -151,13 +155,16 @@ def check_outputs(paths, inputs, output_path):
 
 def describe(row):
     """A row of the report as one line for the console."""
-    seconds = f"{row['seconds']:6.2f} s" if "seconds" in row else "was there"
-    if "psnr_y" not in row:
-        return f"{row['image']:24} {seconds}"
-    return (
-        f"{row['image']:24} Y {row['psnr_y']:7.4f} dB {row['ssim_y']:.4f}"
-        f"   RGB {row['psnr_rgb']:7.4f} dB {row['ssim_rgb']:.4f}   {seconds}"
-    )
+    parts = []
+    if "psnr_y" in row:
+        parts.append(
+            f"Y {row['psnr_y']:7.4f} dB {row['ssim_y']:.4f}   RGB {row['psnr_rgb']:7.4f} dB {row['ssim_rgb']:.4f}"
+        )
+    for metric, ((rainy, derained), _) in NO_REFERENCE.items():
+        if rainy in row:
+            parts.append(f"{metric} {row[rainy]:7.4f} -> {row[derained]:7.4f}")
+    parts.append(f"{row['seconds']:6.2f} s" if "seconds" in row else "was there")
+    return f"{row['image']:24} {'   '.join(parts)}"
 
 
 def mean(values):
@@ -166,11 +173,33 @@ def mean(values):
     return float(np.mean(values)) if values else float("nan")
 
 
+def has_values(row, columns):
+    """Whether a row has numbers in all ``columns``, and not NaN."""
+    return not any(np.isnan(row[name]) for name in columns)
+
+
 def average(rows):
-    """The averages of a report: metrics over the images that have them, time without the first image's warm-up."""
+    """The averages of a report: metrics over the images that have them, time without the first image's warm-up.
+
+    Those of NIQE and PIQE are over the same images, rainy and derained.
+    """
     measured = [row for row in rows if "psnr_y" in row]
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     summary = {"image": f"average of {len(measured) or len(rows)}"}
     if measured:
         summary |= {name: mean(row[name] for row in measured) for name in METRICS}
+    for columns, _ in NO_REFERENCE.values():
+        if columns[0] in rows[0]:
+            valued = [row for row in rows if has_values(row, columns)]
+            summary |= {name: mean(row[name] for row in valued) for name in columns}
     return summary | ({"seconds": mean(seconds[1:] or seconds)} if seconds else {})
+
+
+def explain_no_reference(rows):
+    """What the figures of --no_reference mean, and which images have none: a line for each metric."""
+    lines = []
+    for metric, (columns, reason) in NO_REFERENCE.items():
+        without = [row["image"] for row in rows if not has_values(row, columns)]
+        line = f"{metric}: rainy -> derained, lower is better, over {len(rows) - len(without)} images"
+        lines.append(line + (f"; none for {', '.join(without)} ({reason})" if without else ""))
+    return lines

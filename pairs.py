@@ -282,7 +282,7 @@ def result_stems(pair, clean_is_shared):
     """The names, without suffix, under which the result of a pair may be saved.
 
     That is the rainy image's, and the clean one's or what both have in common by ``NAMES``, unless ``clean_is_shared``
-    by several pairs.
+    by several pairs or there is none.
     """
     stems = [pair.rainy.stem]
     if not clean_is_shared:
@@ -302,7 +302,7 @@ def match_results(pairs, folder):
     """Find the pictures that another method made of the rainy images of ``pairs``, by their names without suffix.
 
     Args:
-        pairs: of a data set, all with a clean image.
+        pairs: of a data set. A rainy image without a clean one has its result under its own name.
         folder: of the pictures.
 
     Returns:
@@ -318,7 +318,7 @@ def match_results(pairs, folder):
         unpadded[without_padding(path.stem.lower())].add(path)
     results, owners = [], {}
     for pair in pairs:
-        stems = [stem.lower() for stem in result_stems(pair, shared[pair[1:]] > 1)]
+        stems = [stem.lower() for stem in result_stems(pair, not pair.clean or shared[pair[1:]] > 1)]
         found = set().union(*(exact.get(stem, ()) for stem in stems))
         found = sorted(found or set().union(*(unpadded.get(without_padding(stem), ()) for stem in stems)))
         if len(found) > 1:

@@ -32,9 +32,10 @@ from images import WRITTEN, content_of, image_size, read_image, read_metadata, r
 from inference import SharedRunner, StripRunner, self_ensemble, to_image, to_tensor
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
 from metadata import Metadata
-from metrics import measure
+from metrics import measure, measure_alone
 from outputs import (
-    COLUMNS, MARK, Job, average, check_outputs, default_output, describe, extension, name_outputs,
+    COLUMNS, MARK, NO_REFERENCE, Job, average, check_outputs, default_output, describe, explain_no_reference,
+    extension, name_outputs,
 )
 from pairs import check_sizes, read_clean, read_rainy
 from utils import InputError, RunError, add_flag, ahead, at_least, printable, progress, run_script, write_csv
@@ -90,6 +91,10 @@ def parse_args(argv=None):
         parser, "--self_ensemble", False,
         "average over the image, its mirror image, and both upside down: four times as long",
     )
+    add_flag(
+        parser, "--no_reference", False,
+        "measure NIQE and PIQE too, of the rainy and the derained image; they need no clean one",
+    )
     parser.add_argument("--codec", choices=tuple(CODECS), default="h264", help="of a video (default: %(default)s)")
     parser.add_argument(
         "--crf", type=at_least(0), metavar="N",
@@ -133,8 +138,9 @@ def check_options(args):
             raise InputError(f"--test_data_path {path}: no such file or folder; expected an image, a folder or a video")
     source = args.test_data_path
     clip = is_pattern(source) or source.is_file() and is_clip(source)
-    if args.comparison and clip:
-        raise InputError(f"--comparison: {source} is no image; expected an image or a folder of images")
+    for name in ("comparison", "no_reference"):
+        if getattr(args, name) and clip:
+            raise InputError(f"--{name}: {source} is no image; expected an image or a folder of images")
     clean_options = [name for name in ("clean_path", "side_by_side") if getattr(args, name)]
     if len(clean_options) == 2:
         raise InputError("--clean_path and --side_by_side: expected one of them; each says where the clean images are")
@@ -222,13 +228,14 @@ def save(path, picture, metadata, quality=95):
         raise
 
 
-def process(runner, job, device, saving=Saving()):
+def process(runner, job, device, saving=Saving(), no_reference=False):
     """Derain one image, save and measure it, and write its panel if it has one.
 
     Args:
         runner, device: as for ``derain``; without a runner the result is there already.
         job: a ``Job``.
         saving: a ``Saving``.
+        no_reference: whether NIQE and PIQE are measured too.
 
     Returns:
         (its row of the report: name, metrics where there is a clean image, seconds of the network, and "reduced" where
@@ -271,6 +278,9 @@ def process(runner, job, device, saving=Saving()):
             derained = derained[..., :3]
         if clean is not None:
             row |= measure(derained, clean)
+        if no_reference:
+            for which, picture in (("rainy", image), ("derained", derained)):
+                row |= {f"{name}_{which}": value for name, value in measure_alone(picture).items()}
         if job.panel is None:
             return row, None
         rainy = to_uint8(image[..., :3])
@@ -301,7 +311,7 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
         try:
             large = threads and math.prod(image_size(job.pair.rainy)) > LARGE
             with alone if large else nullcontext():
-                row, small = process(runner, job, device, saving)
+                row, small = process(runner, job, device, saving, args.no_reference)
         except InputError as error:
             reason = printable(error)  # not the error, which holds all that had been computed
         return number, row, small if number % step == 0 else None, reason
@@ -327,9 +337,14 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
     reduced = [row["image"] for row in rows if row.pop("reduced", False)]
     thumbnails = [small for _, _, small, _ in everyone if small is not None]
     if rows:
-        write_csv(args.output_path / "metrics.csv", COLUMNS, [*rows, average(rows)])
+        columns = COLUMNS
+        if args.no_reference:
+            columns += sum((names for names, _ in NO_REFERENCE.values()), ())
+        write_csv(args.output_path / "metrics.csv", columns, [*rows, average(rows)])
         print(describe(average(rows)))
         print(f"{len(rows)} images in {printable(args.output_path)}")
+        if args.no_reference:
+            print("\n".join(explain_no_reference(rows)))
     if reduced:
         print(f"--format {args.format} has not kept the alpha or 16 bits of {len(reduced)}: {', '.join(reduced)}")
     if thumbnails:
