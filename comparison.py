@@ -14,6 +14,8 @@ COLUMNS = 4  # entries in a row of the contact sheet
 MAX_THUMBNAILS = 200  # entries on the contact sheet; of more images, evenly spaced ones are taken
 GAP = 6  # px
 ERROR_SCALE = 5  # an error of 51 grey levels has the brightest colour
+LABEL_OPACITY = 0.6  # of the colours over a segmented image
+SMALLEST_NAMED = 0.02  # part of the pixels from which on a class is named there
 
 
 def shrink(image, side):
@@ -88,6 +90,76 @@ def panel(name, rainy, derained, clean=None, scores=None):
         figures = (f"{key} {score['psnr_y']:.2f} dB / {score['ssim_y']:.4f}" for key, score in scores.items())
         caption = f"{name}: PSNR / SSIM on Y, {', '.join(figures)}"
     return tile_row([shrink(image, TILE) for image in images], labels, caption)
+
+
+def draw_boxes(image, boxes, colours, texts):
+    """An image, shrunk for a panel, with boxes around objects.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: (N, 4 or more), in the first four columns x1 y1 x2 y2 in px.
+        colours: (red, green, blue) of each box.
+        texts: what stands at the upper left corner of each box; may be empty.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    small = shrink(image, TILE)
+    height, width = small.shape[:2]
+    scale = np.tile((width / image.shape[1], height / image.shape[0]), 2)
+    sheet = Image.fromarray(small)
+    # From the last to the first, so that the first, which are the surest, are on top.
+    for box, colour, text in reversed(list(zip(boxes, colours, texts))):
+        left, top, right, bottom = (box[:4] * scale).round().astype(int).tolist()
+        corners = (left, top, max(left, right - 1), max(top, bottom - 1))
+        ImageDraw.Draw(sheet).rectangle(corners, outline=colour, width=2)
+        draw_tag(sheet, (left, top), text, colour)
+    return np.asarray(sheet)
+
+
+def draw_tag(sheet, corner, text, colour):
+    """Draw a text on a ground of ``colour`` over a point (left, bottom) of the picture ``sheet``, and inside it."""
+    font = ImageFont.load_default(max(8, min(12, sheet.width // 16)))
+    length, line = round(font.getlength(text)) + 4, font.size + 4
+    left, top = max(0, min(corner[0], sheet.width - length)), max(0, corner[1] - line)
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((left, top, left + length, top + line), fill=tuple(colour))
+    dark = 299 * colour[0] + 587 * colour[1] + 114 * colour[2] < 128e3
+    draw.text((left + 2, top + 1), text, "white" if dark else "black", font)
+
+
+def class_colours(count):
+    """(count, 3) uint8: a colour for each class, those of PASCAL VOC, in which class 0 is black."""
+    numbers = np.arange(count)[:, None]
+    colours = np.zeros((count, 3), int)
+    for bit in range(8):
+        colours |= (numbers >> (3 * bit + np.arange(3)) & 1) << (7 - bit)
+    return colours.astype(np.uint8)
+
+
+def draw_labels(image, labels, colours, names):
+    """An image, shrunk for a panel, under the colours of its labels; what is large enough is named.
+
+    Args:
+        image: (H, W, 3) uint8.
+        labels: (H, W) integers.
+        colours: (K, 3) uint8, as from ``class_colours``.
+        names: of the K classes.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    small = shrink(image, TILE)
+    small_labels = cv2.resize(labels.astype(np.uint8), small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    mixed = cv2.addWeighted(small, 1 - LABEL_OPACITY, colours[small_labels], LABEL_OPACITY, 0)
+    sheet = Image.fromarray(mixed)
+    for k in np.unique(small_labels):
+        rows, columns = np.nonzero(small_labels == k)
+        if len(rows) >= SMALLEST_NAMED * small_labels.size:
+            distances = (rows - np.median(rows)) ** 2 + (columns - np.median(columns)) ** 2
+            inside = distances.argmin()  # the middle itself may belong to another class
+            draw_tag(sheet, (int(columns[inside]), int(rows[inside])), names[k], colours[k].tolist())
+    return np.asarray(sheet)
 
 
 def thumbnail(name, rainy, derained):

@@ -2,7 +2,7 @@
 
     python -c "import torch; from losses import focal_loss; print(focal_loss(torch.randn(1, 21, 8, 8)))"
 
-The semantic terms compare images by the features of frozen ImageNet networks, whose weights ``load_backbone`` finds.
+The semantic terms compare images by the features of frozen ImageNet networks, whose weights ``load_published`` finds.
 Under autocast, these networks run in its precision; what follows on their features is computed in the images' own.
 torchvision and lpips are imported where a term needs them, as a run without these terms starts seconds earlier.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints import load_weights
+from backbones import load_published
 from networks import SEG_BACKBONES, UBS, ImageNetNormalise, fixed_seed
 from SSIM import ssim
 from utils import InputError, add_flag, at_least
@@ -31,43 +31,6 @@ BACKBONE_WEIGHTS = ("pretrained", "random")
 
 
 # Backbones
-
-
-def find_backbone(name, backbone_dir):
-    """Find the weights file of a network of torchvision.
-
-    Looks in ``backbone_dir`` for torchvision's file name, then for any file that begins with the network's name,
-    then in torchvision's cache. The file is downloaded only if ``backbone_dir`` is None.
-
-    Args:
-        name: of the network, as in ``torchvision.models``.
-        backbone_dir: a folder, or None.
-
-    Returns:
-        (path, advice): the path is None where there is no file. The advice belongs into an error about the file: it
-        says what was expected, and where.
-    """
-    from torchvision.models import get_model_weights
-
-    url = get_model_weights(name)["IMAGENET1K_V1"].url
-    file_name = url.rsplit("/", 1)[1]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / file_name
-    if backbone_dir:
-        folder = Path(backbone_dir)
-        candidates = [folder / file_name, *sorted(folder.glob(f"{name}*.pth")), cached]
-        path = next((path for path in candidates if path.is_file()), None)
-        return path, (
-            f"expected {file_name} from {url}, or without its classifier as {name}*.pth, in --backbone_dir {folder}"
-        )
-    if not cached.exists():
-        print(f"downloading {url} to {cached.parent}", flush=True)
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:
-            steps = f"download {url} elsewhere, put it into a folder and name that with --backbone_dir"
-            return None, f"torchvision's download failed ({error}): {steps}"
-    return cached, f"expected {file_name} from {url} in {cached.parent}"
 
 
 def load_backbone(net, name, term, backbone_dir=None, backbone_weights="pretrained"):
@@ -87,19 +50,8 @@ def load_backbone(net, name, term, backbone_dir=None, backbone_weights="pretrain
     if backbone_weights == "random":
         print(f"WARNING: RANDOM weights for {name} of the {term} loss; for tests and dry runs only", file=sys.stderr)
         return
-    path, advice = find_backbone(name, backbone_dir)
-    advice += f"; {SWITCHES[term]} False does without it"
-    if path is None:
-        raise InputError(f"{name}, the backbone of the {term} loss: no file; {advice}")
-    try:
-        state = {key.removeprefix("features."): value for key, value in load_weights(path).items()}
-        net.load_state_dict({key: state[key] for key in net.state_dict()})
-    except InputError as error:
-        raise InputError(f"{error}; {advice}") from None
-    except KeyError as error:
-        raise InputError(f"{path}: not the weights of {name}, {error.args[0]} is missing; {advice}") from None
-    except RuntimeError:
-        raise InputError(f"{path}: not the weights of {name}, whose shapes differ; {advice}") from None
+    use = f"{{}}, the backbone of the {term} loss", f"; {SWITCHES[term]} False does without it"
+    load_published(net, name, backbone_dir, use=use)
 
 
 class FrozenLoss(nn.Module):

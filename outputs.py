@@ -26,7 +26,8 @@ NO_REFERENCE = {  # metric of --no_reference: (its further columns in metrics.cs
     "NIQE": (("niqe_rainy", "niqe_derained"), "under 192x96 px, or without structure"),
     "PIQE": (("piqe_rainy", "piqe_derained"), "under 16 px, or without detail"),
 }
-REPORTS = (",".join(COLUMNS), "frame,seconds,static,")  # how metrics.csv and a video's table begin
+# How metrics.csv begins, a video's table, and those of detect.py.
+REPORTS = (",".join(COLUMNS), "frame,seconds,static,", "pictures,class,objects,", "pictures,class,pixels,")
 EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # of the formats that can be written
 
 
@@ -122,12 +123,13 @@ def listed_results(folder):
     return results | ({"contact_sheet.jpg"} if any((folder / name).exists() for name in results) else set())
 
 
-def check_outputs(paths, inputs, output_path):
+def check_outputs(paths, inputs, output_path, way_out=", or a --suffix for the names"):
     """Refuse to write over an input, over another result of this run, or over anything that is no earlier result.
 
     Args:
         paths: of all files that will be written below ``output_path``, the folder of --output_path.
         inputs: paths of all files that are read or lie among those.
+        way_out: what else than another folder the error tells to do.
     """
     inputs = {os.path.realpath(path) for path in inputs}  # unlike Path.resolve, also of a link to itself
     listed, written, taken = listed_results(output_path), set(), []
@@ -146,7 +148,7 @@ def check_outputs(paths, inputs, output_path):
         names = ", ".join(taken[:5]) + (f" and {len(taken) - 5} more" if len(taken) > 5 else "")
         raise InputError(
             f"--output_path {output_path}: {names} would be overwritten, which no earlier run has written; expected"
-            " another folder, or a --suffix for the names"
+            f" another folder{way_out}"
         )
 
 

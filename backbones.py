@@ -1,0 +1,83 @@
+"""The published weights of torchvision's networks: found in a folder or the cache, or downloaded.
+
+    python -c "from backbones import file_of; print(file_of('vgg16'))"
+
+They serve the losses of train.py, and detect.py.
+"""
+from pathlib import Path
+
+import torch
+from torchvision.models import get_model_weights
+
+from checkpoints import load_weights
+from utils import InputError
+
+
+def file_of(name, version="IMAGENET1K_V1"):
+    """(URL, file name) of a network's weights; ``version`` is one of torchvision's names, or DEFAULT for the newest."""
+    url = get_model_weights(name)[version].url
+    return url, url.rsplit("/", 1)[1]
+
+
+def find_backbone(name, backbone_dir, version="IMAGENET1K_V1"):
+    """Find the weights file of a network of torchvision.
+
+    Looks in ``backbone_dir`` for torchvision's file name, then for any file that begins with the network's name,
+    then in torchvision's cache. The file is downloaded only if ``backbone_dir`` is None.
+
+    Args:
+        name: of the network, as in ``torchvision.models``.
+        backbone_dir: a folder, or None.
+        version: as for ``file_of``.
+
+    Returns:
+        (path, advice): the path is None where there is no file. The advice belongs into an error about the file: it
+        says what was expected, and where.
+    """
+    url, file_name = file_of(name, version)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    if backbone_dir:
+        folder = Path(backbone_dir)
+        candidates = [folder / file_name, *sorted(folder.glob(f"{name}*.pth")), cached]
+        path = next((path for path in candidates if path.is_file()), None)
+        part = "without its classifier " if version == "IMAGENET1K_V1" else ""
+        return path, f"expected {file_name} from {url}, or {part}as {name}*.pth, in --backbone_dir {folder}"
+    if not cached.exists():
+        print(f"downloading {url} to {cached.parent}", flush=True)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
+        except (OSError, RuntimeError) as error:
+            steps = f"download {url} elsewhere, put it into a folder and name that with --backbone_dir"
+            return None, f"torchvision's download failed ({error}): {steps}"
+    return cached, f"expected {file_name} from {url} in {cached.parent}"
+
+
+def load_published(net, name, backbone_dir=None, version="IMAGENET1K_V1", use=("{}", "")):
+    """Give ``net`` the weights that torchvision publishes for its network ``name``.
+
+    Args:
+        net: the network or its first layers, with torchvision's names but for the prefix "features.". The file may
+            hold further layers, and its numbers may have any floating type.
+        name, backbone_dir, version: as for ``find_backbone``.
+        use: for the errors, what the network is needed for, with {} for its name, and how to do without it.
+
+    Raises:
+        InputError: no such file, or not one of this network.
+    """
+    path, advice = find_backbone(name, backbone_dir, version)
+    subject, way_out = use
+    advice += way_out
+    if path is None:
+        raise InputError(f"{subject.format(name)}: no file; {advice}")
+    try:
+        state = {key.removeprefix("features."): value for key, value in load_weights(path).items()}
+        # Not the integers, which count the batches that a normalisation was trained on.
+        wanted = [key for key, value in net.state_dict().items() if value.is_floating_point()]
+        net.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from None
+    except KeyError as error:
+        raise InputError(f"{path}: not the weights of {name}, {error.args[0]} is missing; {advice}") from None
+    except RuntimeError:
+        raise InputError(f"{path}: not the weights of {name}, whose shapes differ; {advice}") from None
