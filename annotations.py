@@ -97,7 +97,7 @@ def read_labels(path, pairs, classes, file_classes):
         labels, unknown = read_yolo(path, pairs, numbers, file_classes)
     else:
         labels, unknown = read_coco(path, pairs, numbers)
-    if not any(entry is not None and len(entry.boxes) + len(entry.crowds) for entry in labels):
+    if not any(entry is not None and len(entry.boxes) for entry in labels):
         reason = f"only {', '.join(unknown)}, which the detector does not have" if unknown else "none"
         raise InputError(f"--labels {path}: of the objects in these images, {reason}; expected labels of them")
     return labels, unknown

@@ -189,8 +189,8 @@ class Detection:
     kind = "detection"
     columns = (
         "pictures", "class", "objects", "found", "precision_50", "recall_50", "f1_50", "f1_50_low", "f1_50_high",
-        "precision", "recall", "f1", "f1_low", "f1_high", "labelled", "ap_50", "ap_50_low", "ap_50_high", "ap",
-        "ap_low", "ap_high",
+        "difference", "difference_low", "difference_high", "precision", "recall", "f1", "f1_low", "f1_high",
+        "labelled", "ap_50", "ap_50_low", "ap_50_high", "ap", "ap_low", "ap_high",
     )
     shown = {"f1_50": "F1, IoU 0.5", "f1": "F1, IoU 0.5 to 0.95"}
     shown_labelled = {"ap_50": "AP, IoU 0.5", "ap": "mAP, IoU 0.5 to 0.95"}
@@ -202,6 +202,7 @@ class Detection:
         self.objects = []  # (K,) boxes of each class among the labels, of each labelled image
         if labelled:
             self.shown = self.shown | self.shown_labelled
+        self.difference = f"F1 0.5 less {views[1]}" if len(views) > 2 else None
 
     def add(self, pictures, labels=None):
         """Run the detector on the views of one image.
@@ -211,7 +212,7 @@ class Detection:
             labels: ``annotations.Labels`` or None.
 
         Returns:
-            (pictures with boxes, a caption), for the panel.
+            What ``draw`` needs: the boxes that count, of each view.
         """
         boxes, classes = [self.network.run(picture) for picture in pictures], self.network.classes
         if labels is not None:
@@ -222,16 +223,19 @@ class Detection:
         *compared, reference = [found[found[:, 4] >= limit] for found, limit in zip(boxes, limits)]
         for view, found in zip(self.views, compared):
             self.counts[view].append(count(found, reference, len(classes)))
-        drawn = [self.draw(picture, found, reference) for picture, found in zip(pictures, [*compared, reference])]
-        return drawn, "green: as on clean, red: extra, yellow: missed"
+        return [*compared, reference]
 
-    def draw(self, picture, found, reference):
-        partners = match(found, reference, [0.5])[0]
-        missed = np.delete(reference, partners[partners >= 0], 0)
-        colours = [AGREES if partner >= 0 else EXTRA for partner in partners] + [MISSED] * len(missed)
-        texts = [f"{self.network.classes[int(box[5])]} {box[4]:.2f}" for box in found]
-        texts += [self.network.classes[int(box[5])] for box in missed]
-        return draw_boxes(picture, [*found, *missed], colours, texts)
+    def draw(self, pictures, boxes):
+        """The pictures with what ``add`` returned, for the panel, and a caption."""
+        drawn, classes, reference = [], self.network.classes, boxes[-1]
+        for picture, found in zip(pictures, boxes):
+            partners = match(found, reference, [0.5])[0]
+            missed = np.delete(reference, partners[partners >= 0], 0)
+            colours = [AGREES if partner >= 0 else EXTRA for partner in partners] + [MISSED] * len(missed)
+            texts = [f"{classes[int(box[5])]} {box[4]:.2f}" for box in found]
+            texts += [classes[int(box[5])] for box in missed]
+            drawn.append(draw_boxes(picture, [*found, *missed], colours, texts))
+        return drawn, "green: as on clean, red: extra, yellow: missed"
 
     def rows(self):
         """The rows of the table: each view's sum over the classes, then each class."""
@@ -241,7 +245,7 @@ class Detection:
         samples = resample(images, self.args.bootstrap if images > 1 else 0, self.args.seed)
         seen = objects.sum(0) + sum(values[..., -2:].sum((0, 2)) for values in counts.values())
         numbers = sorted(np.flatnonzero(seen), key=lambda number: -counts["rainy"][:, number, -1].sum())
-        totals, parts = [], []
+        totals, parts, first = [], [], self.views[1] if len(self.views) > 2 else "rainy"
         for view in self.views:
             precisions = self.precisions(view, objects, numbers)
             names = [(list(range(objects.shape[1])), "all"), *(([k], self.network.classes[k]) for k in numbers)]
@@ -249,9 +253,11 @@ class Detection:
                 row = {"pictures": view, "class": name}
                 if view in counts:
                     row |= agreement_row(counts[view][:, chosen].sum(1), samples)
+                if view in counts and view != first and name == "all":
+                    row |= difference(*(counts[each].sum(1) for each in (view, first)), samples)
                 if precisions:
                     own = [precisions[k] for k in (numbers if name == "all" else chosen)]
-                    row |= precision_row(np.stack(own), objects[:, chosen].sum(1))
+                    row |= precision_row(own, objects[:, chosen].sum(1))
                 rows.append(row)
         return [row for row in totals + parts if len(row) > 2]
 
@@ -271,8 +277,9 @@ class Detection:
     def describe(self, rows):
         """The report for the console, a list of lines."""
         rainy = [row for row in rows if row["pictures"] == "rainy"]
-        objects, images = rainy[0].get("objects", 0), len(self.counts["rainy"])
-        classes = ", ".join(f"{row['class']} {row['objects']}" for row in rainy[1:] if row["objects"])
+        objects, images = rainy[0]["objects"], len(self.counts["rainy"])
+        names = [f"{row['class']} {row['objects']}" for row in rainy[1:] if row["objects"]]
+        classes = ", ".join(names[:8] + ([f"{len(names) - 8} more classes"] if len(names) > 8 else []))
         lines = [
             f"{self.network.name}: {objects} objects on the {images} clean images, score {self.args.clean_confidence:g}"
             f" or more{f': {classes}' if classes else ''}"
@@ -294,6 +301,15 @@ def agreement_row(counts, samples):
     return row | with_interval("f1_50", f1[0], drawn[:, :1]) | with_interval("f1", mean(f1), mean(drawn))
 
 
+def difference(counts, others, samples):
+    """How much larger F1 at IoU 0.5 is than that of another view, in the same bootstrap samples of the images."""
+    whole, drawn = (
+        rates(sums(counts))[2][..., 0] - rates(sums(others))[2][..., 0]
+        for sums in (lambda values: values.sum(0), lambda values: samples @ values)
+    )
+    return with_interval("difference", whole, drawn)
+
+
 def several(values):
     """Whether two or more images have anything: a bootstrap over a single one would say that its figure is exact."""
     return np.count_nonzero(values) > 1
@@ -303,9 +319,10 @@ def precision_row(precisions, labelled):
     """A row's part about labels.
 
     Args:
-        precisions: (K, 1 + samples, 10), as in ``Detection.precisions``, of the K classes to average over.
+        precisions: (1 + samples, 10) each, as in ``Detection.precisions``, of the classes to average over.
         labelled: (images,) number of their boxes among the labels.
     """
+    precisions = np.stack(precisions) if precisions else np.full((1, 1, 10), np.nan)
     first, whole = mean(precisions[..., 0], 0), mean(mean(precisions), 0)
     samples = slice(1, None if several(labelled) else 1)
     row = with_interval("ap_50", first[0], first[samples]) | with_interval("ap", whole[0], whole[samples])
@@ -333,15 +350,17 @@ class Segmentation:
     def __init__(self, network, views, args):
         self.network, self.views, self.args = network, views, args
         self.counts = {view: [] for view in views[:-1]}  # ``agreement.confusion`` of each image
-        self.colours = class_colours(len(network.classes))
+        self.colours, self.difference = class_colours(len(network.classes)), None
 
     def add(self, pictures, labels=None):
         maps = [self.network.run(picture) for picture in pictures]
         for view, found in zip(self.views, maps[:-1]):
             self.counts[view].append(confusion(found, maps[-1], len(self.network.classes)))
-        drawn = [
-            draw_labels(picture, found, self.colours, self.network.classes) for picture, found in zip(pictures, maps)
-        ]
+        return maps
+
+    def draw(self, pictures, maps):
+        classes = self.network.classes
+        drawn = [draw_labels(picture, found, self.colours, classes) for picture, found in zip(pictures, maps)]
         return drawn, f"labels by {self.network.name}"
 
     def rows(self):
@@ -382,7 +401,7 @@ def table(rows, shown):
     for row in (row for row in rows if row["class"] == "all"):
         cells = []
         for name in shown:
-            cell = f"{row[name]:.3f}" if name in row else "reference"
+            cell = f"{row[name]:.3f}" if name in row else ""
             if not np.isnan(row.get(f"{name}_low", np.nan)):
                 cell += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
             cells.append(f"{cell:24}")
@@ -464,8 +483,9 @@ def compare(scenes, labels, tasks, panels):
             tqdm.write(f"error: {printable(error)}")
             continue
         for task in tasks:
-            drawn, caption = task.add(pictures, labels[number])
+            found = task.add(pictures, labels[number])
             if panels:
+                drawn, caption = task.draw(pictures, found)
                 sheet = tile_row(drawn, [printable(view) for view in task.views], f"{name}: {caption}")
                 write_image(panels[task.kind][number], sheet, Metadata(software=MARK))
     return failures
@@ -497,7 +517,8 @@ def main():
         rows = task.rows()
         write_csv(args.output_path / f"{task.kind}.csv", task.columns, rows)
         lines = task.describe(rows)
-        print("\n".join([*map(printable, lines), *table(rows, task.shown)]))
+        differences = {"difference": printable(task.difference)} if task.difference else {}
+        print("\n".join([*map(printable, lines), *table(rows, task.shown | differences)]))
         if charts:
             chart(args.output_path / f"{task.kind}.png", rows, task.shown, lines[0].partition(":")[0])
     if args.bootstrap:
