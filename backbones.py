@@ -7,7 +7,6 @@ They serve the losses of train.py, and detect.py.
 from pathlib import Path
 
 import torch
-from torchvision.models import get_model_weights
 
 from checkpoints import load_weights
 from utils import InputError
@@ -15,6 +14,9 @@ from utils import InputError
 
 def file_of(name, version="IMAGENET1K_V1"):
     """(URL, file name) of a network's weights; ``version`` is one of torchvision's names, or DEFAULT for the newest."""
+    # Imported here, as train.py needs it for some losses only and starts seconds earlier without.
+    from torchvision.models import get_model_weights
+
     url = get_model_weights(name)[version].url
     return url, url.rsplit("/", 1)[1]
 

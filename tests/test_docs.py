@@ -77,7 +77,7 @@ def option_table(parser):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("script", ["train", "test", "rain", "export"])
+@pytest.mark.parametrize("script", ["train", "test", "rain", "export", "detect", "app"])
 def test_option_tables_are_those_of_the_parsers(script, monkeypatch):
     expected = f"\n## {script}.py\n\n{option_table(parser_of(script, monkeypatch))}\n"
     assert expected in PAGES["docs/options.md"], f"expected:\n{expected}"
