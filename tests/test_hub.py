@@ -238,7 +238,6 @@ GOOD = np.zeros((8, 9, 3), np.uint8)
         (Image.new("I;16", (9, 8)), TypeError, "mode I;16"), ("nothing.png", FileNotFoundError, "nothing.png"),
         (ROOT / "README.md", ValueError, "README.md"), (ROOT, ValueError, "not a file"),
     ],
-    ids=str,
 )
 def test_a_wrong_picture_is_refused_in_one_sentence(derain, picture, error, words):
     with pytest.raises(error) as caught:

@@ -161,7 +161,8 @@ def test_images_of_a_batch_do_not_meet():
 
 
 @pytest.mark.parametrize(
-    "image", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8)], ids=str
+    "image", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8)],
+    ids=["bytes", "grey", "no batch"],
 )
 def test_what_is_no_batch_of_float_images_is_refused(image):
     with pytest.raises(ValueError, match="expects RGB images .* got torch"):
