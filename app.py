@@ -59,7 +59,7 @@ def parse_args(argv=None):
         "--port", type=port_number, default=7860, metavar="N", help="0 takes any that is free (default: %(default)s)"
     )
     add_network_options(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument(
         "--max_memory", type=at_least(0, float), metavar="GIB",
         help="an image that needs more on the CPU, 0.6 GiB a megapixel in fp32, works on disk"

@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader
 
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import HALF_PRECISIONS, PeakMemory, fast_bfloat16, loader_processes, pick_device
-from inference import StripRunner, full_float32
+from engines import CORES, check_packages, compare_engines
+from inference import FullFloat32, StripRunner
 from losses import DerainLoss
+from muon import build_optimizers
 from networks import SAPNet
 from rain import TrainingRain
 from training_sets import find_training_sets
-from utils import InputError, at_least, run_script, write_text
+from utils import InputError, add_flag, at_least, run_script, write_text
 
 PRECISIONS = {"fp32": torch.float32, **HALF_PRECISIONS}
 BATCH, PATCH, STRIDE = 12, 100, 80  # as published: patches a step, their side in px and the distance between them
@@ -62,7 +64,15 @@ def parse_args(argv=None):
         "--steps", type=at_least(0), default=6, help="timed training steps; 0 leaves them out (default: 6)"
     )
     parser.add_argument("--data_path", metavar="DIR", help="also time packing this folder, and the loader on it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add_flag(
+        parser, "--engines", False,
+        "instead of all else compare with plain PyTorch, onnxruntime and OpenVINO on the CPU, each in its own process",
+    )
+    parser.add_argument(
+        "--busy", type=at_least(0), nargs="*", default=[], metavar="N",
+        help="with --engines: time them beside N processes that keep a core busy too",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     return parser.parse_args(argv)
 
@@ -89,12 +99,17 @@ def final(output):
     return output[0] if isinstance(output, tuple) else output
 
 
+def wait_for(device):
+    """Wait until a GPU has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def timed(function, device):
     """The seconds that one call takes."""
     start = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
@@ -124,7 +139,7 @@ def build_runner(name, baseline, device):
     torch.manual_seed(0)
     if name == "baseline":
         net = load_baseline(baseline).to(device).eval()
-        return torch.inference_mode()(full_float32()(lambda image: final(net(image))))
+        return torch.inference_mode()(FullFloat32()(lambda image: final(net(image))))
     return StripRunner(SAPNet().to(device), PRECISIONS[name])
 
 
@@ -192,7 +207,7 @@ def training_step(net, criterion, device, amp=None, compile_mode=None, second_fo
         compile_mode: of torch.compile, "reduce-overhead" with CUDA graphs; None leaves the network as it is.
         second_forward: run the network once more after each step, as the published code does to print a PSNR.
     """
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    (optimizer,) = build_optimizers("adam", net, 1e-3)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     model = torch.compile(net, mode=compile_mode) if compile_mode else net
     rainy, clean = (torch.rand(BATCH, 3, PATCH, PATCH, device=device) for _ in range(2))
@@ -201,8 +216,7 @@ def training_step(net, criterion, device, amp=None, compile_mode=None, second_fo
         marks = [time.perf_counter()]
 
         def mark():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             marks.append(time.perf_counter())
 
         with torch.autocast(device.type, HALF_PRECISIONS.get(amp), enabled=bool(amp)):
@@ -229,6 +243,7 @@ def training_step(net, criterion, device, amp=None, compile_mode=None, second_fo
 def bench_training(args, device):
     """Time the training step with the pixel loss, with all losses and of --baseline; print the rows and return them."""
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as train.py has it
     pixel = DerainLoss(weights={}).to(device)
     every = DerainLoss(backbone_weights="random").to(device, memory_format=torch.channels_last)
 
@@ -315,14 +330,19 @@ def main():
         processor = torch.cuda.get_device_name(device)
     else:
         cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-        processor = f"{cpu}, {torch.get_num_threads()} threads"
+        processor = f"{cpu}, {CORES if args.engines else torch.get_num_threads()} threads"
     machine = {"device": processor, "torch": torch.__version__, "python": platform.python_version()}
+    if args.engines:
+        machine |= check_packages()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ", flush=True)
-    rows = bench_inference(args, device)
-    if args.steps:
-        rows += bench_training(args, device)
-    if args.data_path:
-        rows += bench_data(args)
+    if args.engines:
+        rows = compare_engines(args, report)
+    else:
+        rows = bench_inference(args, device)
+        if args.steps:
+            rows += bench_training(args, device)
+        if args.data_path:
+            rows += bench_data(args)
     if args.json:
         write_text(args.json, json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 

@@ -89,7 +89,7 @@ def parse_args(argv=None):
         help="folder of the tables, charts and panels (default: results/SET/detect-NAME, after --test_data_path and the"
         " networks)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.clean_confidence is None:
         args.clean_confidence = args.confidence

@@ -4,6 +4,7 @@
 
 Apart from ``utils.py``, so that what needs no PyTorch starts without it.
 """
+import argparse
 import os
 import shutil
 import signal
@@ -20,7 +21,13 @@ from torch import distributed
 from utils import InputError, RunError, boolean
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PATIENCE = timedelta(hours=2)  # of processes for one another; one that validates may take PyTorch's own ten minutes
+TENSOR_CORES = 7, 0  # the first compute capability that has them, and that torch.compile can write kernels for
+PATIENCE = timedelta(hours=2)  # of processes for one another: one may be packing, downloading or validating
+
+
+def processes_here():
+    """How many processes of the run torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def pick_device(name):
@@ -32,10 +39,10 @@ def pick_device(name):
     Raises:
         InputError: this machine has no such device, or fewer cards than processes.
     """
-    chosen = name
+    chosen, processes = name, processes_here()
     if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        mps = torch.backends.mps.is_available() and processes == 1  # which several cannot train on
+        chosen = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if chosen == "cuda" or chosen.startswith("cuda:") and processes > 1:
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -64,7 +71,12 @@ def fast_bfloat16(device):
 
 def fast_float16(device):
     """Whether float16 convolutions beat float32 ones on ``device``: a GPU with tensor cores, from Volta on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+
+
+def fast_precision(device):
+    """The precision of --precision auto: "fp16" or "bf16" where the device is faster with it, else "fp32"."""
+    return "fp16" if fast_float16(device) else "bf16" if fast_bfloat16(device) else "fp32"
 
 
 def choose_speed(args, device, steps):
@@ -77,7 +89,9 @@ def choose_speed(args, device, steps):
         args.amp = half or bool(args.amp) and "bf16"
     if args.compile is None:
         # The warm-up takes about a minute, which short runs never earn back.
-        args.compile = steps >= 1000 and device.type != "mps" and shutil.which(os.environ.get("CXX", "g++")) is not None
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES
+        compiler = shutil.which(os.environ.get("CXX", "g++"))
+        args.compile = steps >= 1000 and compiler is not None and device.type != "mps" and not old
     # The patches of a run have one size, for which cuDNN's fastest kernels are found in the first step.
     torch.backends.cudnn.benchmark = device.type == "cuda"
     print(
@@ -88,21 +102,25 @@ def choose_speed(args, device, steps):
 
 def mixed_precision(text):
     """``argparse`` type for --amp: "bf16", "fp16", or True for the one that the device is fast in, and False."""
-    return text if text in HALF_PRECISIONS else boolean(text)
+    try:
+        return text if text in HALF_PRECISIONS else boolean(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected bf16, fp16, True or False, got {text!r}") from None
 
 
 def loader_processes():
     """How many loader processes a process of the run has: its share of the cores, 1 to 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(16, max(1, cores // processes_here()))
 
 
 def threads_beside(device):
     """How many threads read and measure images while the network is at another one.
 
-    None do on a CPU, whose cores the network itself uses.
+    They do so beside CUDA cards only: on a CPU the network itself uses the cores, and Apple's GPUs take commands from
+    one thread.
     """
-    return 0 if device.type == "cpu" else min(8, loader_processes())
+    return min(8, loader_processes()) if device.type == "cuda" else 0
 
 
 def free_memory(device=torch.device("cpu")):
@@ -174,14 +192,18 @@ def restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def join_processes(device):
+def join_processes(device, patience=PATIENCE):
     """Wait until all processes of the run have called this; it does nothing in a run of one.
 
-    From then on they wait for one another by ``PATIENCE`` at most, which the first one's validation may take.
+    Args:
+        device: on which they will exchange tensors.
+        patience: a ``timedelta``, how long they wait for one another, here and from then on.
     """
-    if "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    cuda = device.type == "cuda"
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    distributed.barrier(device_ids=[device.index] if cuda else None)  # NCCL does not wait in init_process_group
 
 
 def total(values, device):
@@ -200,11 +222,25 @@ def average(values, device):
     return [value / ranks for value in total(values, device)]
 
 
-def from_first(value):
-    """What the first process of the run gives, in all of them; all must call this at the same time."""
-    box = [value]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(box)
+def from_first(function):
+    """What ``function`` returns in the first process of the run, in all of them; all must call this at the same time.
+
+    Raises:
+        InputError: ``function`` has raised it; the other processes end without a word.
+    """
+    box = [None, None]
+    if not distributed.is_initialized():
+        return function()
+    if distributed.get_rank() == 0:
+        try:
+            box[0] = function()
+        except InputError as error:
+            box[1] = str(error)
+    distributed.broadcast_object_list(box)
+    if box[1] is not None:
+        if distributed.get_rank() > 0:
+            sys.exit(2)
+        raise InputError(box[1])
     return box[0]
 
 
@@ -230,6 +266,26 @@ def lost_process(error):
     if isinstance(error, distributed.DistError) or "gloo" in text or "NCCL" in text:
         return f"another process of the run is gone ({text.splitlines()[0]})"
     return None
+
+
+@contextmanager
+def as_one_run(rank, ranks, advice=""):
+    """End a run of several processes in order; make of an error that another's end has caused a ``RunError``."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        reason = lost_process(error)
+        if reason is None:
+            raise
+        process = f"process {rank} of {ranks}: " if ranks > 1 else ""
+        raise RunError(f"{process}{reason}{advice}") from None
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def out_of_memory(error):
+    """Whether an exception says that a GPU's memory is full; that of Apple's GPUs has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def leave_signals_to_parent(worker=None):

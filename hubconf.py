@@ -146,8 +146,7 @@ def derain(
 
     Args:
         weights, recurrent_iter, use_dilation: as for ``sapnet``.
-        precision: of the convolutions: "fp32", "bf16", "fp16", or "auto" for fp16 on a GPU and for bf16 on a CPU that
-            is faster with it.
+        precision: of the convolutions: "fp32", "bf16", "fp16", or "auto" for the fastest of the device.
         device: "auto", the GPU if there is one, or "cpu", "cuda", "cuda:N", or a ``torch.device``.
         self_ensemble: average over the picture, its mirror image, and both upside down, which takes four times as long.
         max_memory: GiB. On the CPU, a picture that needs more (0.6 GiB a megapixel in fp32) works on the disk, with
@@ -170,7 +169,7 @@ def derain(
     with _usual_errors():
         device = devices.pick_device(device)
     if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "bf16" if devices.fast_bfloat16(device) else "fp32"
+        precision = devices.fast_precision(device)
     net = sapnet(weights, recurrent_iter, use_dilation).to(device)
     return _Derain(net, device, _PRECISIONS[precision], self_ensemble, max_memory)
 

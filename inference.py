@@ -23,16 +23,16 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ContextDecorator
+from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from devices import free_memory
+from devices import free_memory, out_of_memory
 from networks import CHANNELS, DILATIONS, GATES, SeparableConv, SplitConv
 from utils import RunError, reserve
 
@@ -197,17 +197,25 @@ def strip_threads(count, process):
         ready.wait()
 
     threads = ThreadPoolExecutor(count, "strip", initializer=begin)
-    for _ in range(count):
-        threads.submit(int)
-    ready.wait()
-    torch.set_num_threads(count)  # what a thread sets holds for later ones too
+    try:
+        for _ in range(count):
+            threads.submit(int)
+        ready.wait()
+    except BaseException:
+        ready.abort()  # or the threads would wait for ever
+        raise
+    finally:
+        torch.set_num_threads(count)  # what a thread sets holds for later ones too
     return threads
 
 
 def for_each(function, strips, device):
-    """The list of function(start, stop) of each strip; on a CPU, each core has one strip at a time."""
+    """The list of function(start, stop) of each strip; on a CPU, each core has one strip at a time.
+
+    Where there are fewer strips than cores, all cores work within the operations on each strip.
+    """
     count = torch.get_num_threads()
-    if device.type != "cpu" or count == 1:
+    if device.type != "cpu" or not 1 < count <= len(strips):
         return [function(*strip) for strip in strips]
     run = torch.inference_mode()(function)  # the mode is that of a thread
     return list(strip_threads(count, os.getpid()).map(run, *zip(*strips)))
@@ -321,25 +329,35 @@ def tanh_of_half_(features):
     return features.sigmoid_().mul_(2).sub_(1)
 
 
-@contextmanager
-def full_float32():
+class FullFloat32(ContextDecorator):
     """While this is open, CUDA computes float32 convolutions and matrix products in float32, never in TF32.
 
     TF32 keeps ten bits of each factor, which would show in the third digit of the output. Nor does cuDNN try out its
     kernels, as training lets it: each size of image would begin with that. The settings are those of the whole
-    process. They are restored at the end, and they change nothing on a CPU.
+    process, and change nothing on a CPU. The first thread that opens this makes them, the last one that leaves
+    restores what was there.
     """
+
+    lock, users, before = threading.Lock(), 0, None
     settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before, benchmark = [setting.fp32_precision for setting in settings], torch.backends.cudnn.benchmark
-    try:
-        torch.backends.cudnn.benchmark = False
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-        for setting, precision in zip(settings, before):
-            setting.fp32_precision = precision
+
+    def __enter__(self):
+        with self.lock:
+            if FullFloat32.users == 0:
+                precisions = [setting.fp32_precision for setting in self.settings]
+                FullFloat32.before = torch.backends.cudnn.benchmark, precisions
+                torch.backends.cudnn.benchmark = False
+                for setting in self.settings:
+                    setting.fp32_precision = "ieee"
+            FullFloat32.users += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            FullFloat32.users -= 1
+            if FullFloat32.users == 0:
+                torch.backends.cudnn.benchmark, precisions = FullFloat32.before
+                for setting, precision in zip(self.settings, precisions):
+                    setting.fp32_precision = precision
 
 
 # The network
@@ -408,8 +426,9 @@ class StripRunner:
     Args:
         net: a ``SAPNet``, any variant, on any device.
         dtype: torch.float32, bfloat16 or float16, of the feature maps and of the convolutions between them. The
-            images and the LSTM's cell are float32 in any case. So are the convolutions between float16 maps on a
-            CPU, which are faster than those in float16 and have half the error. float32 is not TF32, also on a GPU.
+            images are float32 in any case, and so is the LSTM's cell in strips. So are the convolutions between
+            float16 maps on a CPU, which are faster than those in float16 and have half the error. float32 is not
+            TF32, also on a GPU.
         max_memory: bytes. On a CPU, the feature maps of an image that needs more (``memory``) are mapped to a
             temporary file, in the folder that TMPDIR names. The result is the same, at the speed of the disk. An
             image whose feature maps are too large for a GPU is derained on the CPU, within the same limit.
@@ -418,8 +437,9 @@ class StripRunner:
     @torch.inference_mode()
     def __init__(self, net, dtype=torch.float32, max_memory=math.inf):
         self.net, self.dtype, self.max_memory = net, dtype, max_memory
-        self.whole = self.host = None  # made when an image needs them
         on_cpu = net.conv[0].weight.device.type == "cpu"
+        self.whole = net if dtype == torch.float32 else half_network(net, dtype)
+        self.host = None  # a runner on the CPU, once an image needs it
         self.conv_dtype = torch.float32 if on_cpu and dtype == torch.float16 else dtype
         self.branches = []
         for k in range(1, len(DILATIONS) + 1):
@@ -445,12 +465,15 @@ class StripRunner:
         return conv.weight.to(dtype, memory_format=torch.channels_last), conv.bias.to(dtype)
 
     def memory(self, height, width):
-        """Bytes of the feature maps of an image of this size. The strips, 5 to 50 MB, and the image come on top."""
+        """Bytes of the feature maps of an image of this size.
+
+        The strips, 5 to 50 MB for each core, and the image come on top.
+        """
         pixels = (height + 2 * MARGIN) * width
         return pixels * (3 * CHANNELS * self.dtype.itemsize + (CHANNELS + 9) * 4)
 
     @torch.inference_mode()
-    @full_float32()
+    @FullFloat32()
     def __call__(self, rainy):
         """Derain images of one size.
 
@@ -470,8 +493,9 @@ class StripRunner:
         if runs_whole(rainy):
             try:
                 return self.run_whole(rainy)
-            except torch.OutOfMemoryError:
-                pass  # strips need less
+            except RuntimeError as error:  # strips need less memory
+                if len(rainy) > 1 or not out_of_memory(error):
+                    raise
         return self.run_one(rainy) if len(rainy) == 1 else torch.cat([self.run_one(image) for image in rainy.split(1)])
 
     def images_at_once(self, height, width):
@@ -480,8 +504,6 @@ class StripRunner:
 
     def run_whole(self, rainy):
         """Run the plain network, in the precision of the runner."""
-        if self.whole is None:
-            self.whole = self.net if self.dtype == torch.float32 else half_network(self.net, self.dtype)
         return self.whole(rainy.contiguous(memory_format=torch.channels_last))
 
     def run_one(self, rainy):
@@ -492,8 +514,10 @@ class StripRunner:
         while pixels >= SMALLEST_STRIP:
             try:
                 return self.run_strips(rainy, pixels)
-            except torch.OutOfMemoryError:
-                pixels //= 2
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            pixels //= 2
         size = f"{rainy.shape[3]}x{rainy.shape[2]}"
         print(f"{rainy.device} has no memory for an image of {size}; it is derained on the CPU", file=sys.stderr)
         if self.host is None:
@@ -615,6 +639,15 @@ class StripRunner:
         return sum(for_each(run, source.strips(), source.data.device))
 
 
+@dataclass(eq=False)  # each is itself, whatever its image
+class Call:
+    """An image that a thread of ``SharedRunner`` waits for."""
+
+    rainy: torch.Tensor
+    derained: torch.Tensor = None
+    seconds: float = 0
+
+
 class SharedRunner:
     """A runner that several threads call at the same time. It takes turns, with images of one size together.
 
@@ -629,24 +662,31 @@ class SharedRunner:
 
     def __call__(self, rainy):
         """(1, 3, H, W) float32 in [0, 1], on the network's device -> (1, 3, H, W) on the CPU."""
-        call = SimpleNamespace(rainy=rainy, derained=None)
+        call = Call(rainy)
         self.waiting.append(call)
         with self.turn:
             if call.derained is None:
                 alike = [other for other in self.waiting if other.rainy.shape == rainy.shape and other is not call]
                 calls = [call, *alike[: self.at_once(*rainy.shape[2:]) - 1]]
                 try:
-                    self.run(calls)
-                except (torch.OutOfMemoryError, RunError):
-                    if len(calls) == 1:
-                        raise
-                    self.run([call])  # the others follow when it is their turn
+                    if len(calls) == 1 or not self.fits(calls):
+                        self.run([call])  # others have their turn later
                 finally:
-                    for other in calls:
-                        if other is call or other.derained is not None:
-                            self.waiting.remove(other)
+                    for done in calls:
+                        if done is call or done.derained is not None:
+                            self.waiting.remove(done)
         self.own.seconds = call.seconds
         return call.derained
+
+    def fits(self, calls):
+        """Run several images together, or return False where they take too much memory."""
+        try:
+            self.run(calls)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
 
     def run(self, calls):
         """Run the images of these calls together."""

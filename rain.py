@@ -6,6 +6,7 @@ draws rain on four photographs that come with scikit-image (public domain or CC0
 clean photographs, and --streaks a folder of pairs whose rain is taken instead of drawing it.
 
 The rain model is that of Rain100L and Rain100H: rainy = min(255, clean + S), where S >= 0 is one grey layer of streaks.
+The preset real departs from it, as photographs do: its streaks are soft and a little coloured, behind a veil of mist.
 """
 import argparse
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Preset:
     hard_edged: float  # share of the passes that are not blurred
     blur: tuple  # range of the standard deviation of the other passes' blur, px
     cover: tuple  # range of the total length of a pass's streaks, px for each pixel of the image
+    veil: float = 0  # largest share of the light that mist replaces, drawn uniformly from 0 on
+    tint: float = 0  # standard deviation of the colour channels' factors on the streaks
 
 
 # Chosen so that rain_stats.py measures the same as on RainTrainL and on 18 pairs of RainTrainH.
@@ -50,7 +53,13 @@ PRESETS = {
         mean=(6, 108), directions=(1, 2), angle=16, spread=(0, 1), length=(20, 140), width=(1, 1, 1, 2),
         level=(30, 0.38), scatter=0.45, hard_edged=0.5, blur=(0.4, 0.75), cover=(0.02, 0.08),
     ),
+    "real": Preset(  # by eye, after photographs
+        mean=(3, 40), directions=(1, 1), angle=20, spread=(0.5, 3), length=(10, 90), width=(1,), level=(12, 0.7),
+        scatter=0.5, hard_edged=0, blur=(0.4, 1.1), cover=(0.06, 0.2), veil=0.2, tint=0.04,
+    ),
 }
+EXACT = "light", "heavy"  # the presets with which rainy is exactly min(255, clean + S)
+AIRLIGHT = 140, 230  # range of the grey level of mist
 MAX_LEVEL = 230  # grey level of the brightest streak
 MAX_PASSES = 200
 # ``vary_streaks``: the largest shear in degrees, and the largest factors on widths, lengths and levels.
@@ -128,6 +137,26 @@ def add_rain(clean, streaks):
     return np.minimum(clean.astype(np.uint16) + streaks[..., None], 255).astype(np.uint8)
 
 
+def draw_rain(clean, preset, rng):
+    """Draw rain on a clean image.
+
+    Args:
+        clean: (H, W, 3) uint8.
+        preset: a key of ``PRESETS``.
+        rng: ``numpy.random.Generator``; the same state draws the same rain.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    streaks = streak_layer(*clean.shape[:2], preset, rng)
+    if preset in EXACT:
+        return add_rain(clean, streaks)
+    veil, airlight = rng.uniform(0, PRESETS[preset].veil), rng.uniform(*AIRLIGHT)
+    colour = (1 + rng.normal(0, PRESETS[preset].tint, 3)).astype(np.float32)
+    rainy = (1 - veil) * clean + veil * airlight + streaks[..., None] * colour
+    return np.rint(rainy.clip(0, 255)).astype(np.uint8)
+
+
 def extract_streaks(rainy, clean):
     """The streak layer S of a pair, so that ``add_rain(clean, S)`` is the rainy image again.
 
@@ -203,7 +232,7 @@ class TrainingRain:
     """
 
     synth: float = 0  # probability of drawn rain
-    preset: str = "both"  # a key of PRESETS, or "both" for one of them at random
+    preset: str = "both"  # a key of PRESETS, or "both" for light or heavy at random
     mix: float = 0  # probability of the rain of another patch
     vary: float = 0  # probability that rain of another patch goes through ``vary_streaks``
 
@@ -231,8 +260,8 @@ class TrainingRain:
             return rainy
         clean = as_bytes(clean)
         if rng.random() < self.synth / (self.synth + self.mix):
-            preset = rng.choice(list(PRESETS)) if self.preset == "both" else self.preset
-            return add_rain(clean, streak_layer(*clean.shape[:2], preset, rng))
+            preset = rng.choice(EXACT) if self.preset == "both" else self.preset
+            return draw_rain(clean, preset, rng)
         rainy, dry = map(as_bytes, donor())
         streaks = extract_streaks(rainy, dry)
         if self.vary and rng.random() < self.vary:
@@ -252,7 +281,7 @@ def add_rain_options(group):
     )
     group.add_argument(
         "--rain_synth", nargs=2, metavar=("PRESET", "P"),
-        help="share of the patches that get drawn rain (light, heavy, both); folders of clean photographs will do then",
+        help="share of the patches that get drawn rain (light, heavy, both of these, real); photographs will do then",
     )
 
 
@@ -347,14 +376,14 @@ def main():
     jobs = [(photograph, k) for photograph in photographs for k in range(args.per_image)]
     for number, (photograph, k) in enumerate(progress(jobs, "drawing rain"), 1):
         clean = sample_photograph(photograph) if bundled else read_rgb(photograph)
-        height, width = clean.shape[:2]
         rng = np.random.default_rng((args.seed, number))
         if pairs:
-            streaks = fit_streaks(read_streaks(pairs[rng.integers(len(pairs))], "--streaks"), height, width, rng)
+            donor = pairs[rng.integers(len(pairs))]
+            rainy = add_rain(clean, fit_streaks(read_streaks(donor, "--streaks"), *clean.shape[:2], rng))
         else:
-            streaks = streak_layer(height, width, args.preset[k % len(args.preset)], rng)
+            rainy = draw_rain(clean, args.preset[k % len(args.preset)], rng)
         rainy_path, clean_path = output_paths(args.out, args.layout, number)
-        write_image(rainy_path, add_rain(clean, streaks))
+        write_image(rainy_path, rainy)
         write_image(clean_path, clean)
     print(f"{len(jobs)} pairs from {len(photographs)} photographs in {args.out}")
 

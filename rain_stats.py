@@ -19,7 +19,7 @@ from skimage.feature import structure_tensor
 
 from metrics import measure
 from pairs import find_pairs, read_clean, report_left_out
-from rain import PRESETS, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
+from rain import EXACT, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
 from utils import at_least, atomic_write, progress, run_script, write_text
 
 COLUMNS = ("mean S", "std of S", "angle, degrees", "coherence", "PSNR-Y, dB", "SSIM-Y")
@@ -52,11 +52,11 @@ def describe_set(folder, seed):
     """
     pairs, alone, unused = find_pairs(folder)
     report_left_out(folder, [*alone, *unused])
-    figures = {"real": [], **{name: [] for name in PRESETS}}
+    figures = {"real": [], **{name: [] for name in EXACT}}
     for number, pair in enumerate(progress(pairs, Path(folder).name)):
         clean = read_clean(pair)
         figures["real"].append(describe(add_rain(clean, read_streaks(pair, "--data_path")), clean))
-        for k, name in enumerate(PRESETS):
+        for k, name in enumerate(EXACT):
             rng = np.random.default_rng((seed, number, k))
             figures[name].append(describe(add_rain(clean, streak_layer(*clean.shape[:2], name, rng)), clean))
     return {name: np.array(rows) for name, rows in figures.items()}
@@ -129,7 +129,7 @@ def draw_picture(sets, seed):
     for number, (folder, figures) in enumerate(sets.items()):
         top = number * height + MARGIN
         real = figures["real"]
-        nearest = min(PRESETS, key=lambda name: abs(figures[name][:, 0].mean() - real[:, 0].mean()))
+        nearest = min(EXACT, key=lambda name: abs(figures[name][:, 0].mean() - real[:, 0].mean()))
         groups = ((DRAWN_COLOUR, figures[nearest]), (REAL_COLOUR, real))
         for k, columns in enumerate(([0, 1], [2, 3], [4, 5])):
             draw_chart(draw, (MARGIN + k * (CHART + MARGIN - 5), top), groups, columns, font)

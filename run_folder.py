@@ -321,9 +321,12 @@ class RunState:
             groups = optimizer.state_dict()["param_groups"]  # these follow from the options
             optimizer.load_state_dict({"state": saved, "param_groups": groups})
             for parameter, values in optimizer.state.items():
-                shapes = {tensor.shape for name, tensor in values.items() if name != "step"}
+                averages = values.keys() - {"step"}
+                shapes = {values[name].shape for name in averages}
                 if values.keys() != OPTIMIZER_STATE[type(optimizer)] or shapes != {parameter.shape}:
                     raise ValueError
+                for name in averages:  # in the memory layout of the parameter, as fused kernels expect it
+                    values[name] = torch.empty_like(parameter).copy_(values[name])
         if state.get("scaler") and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])

@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,8 @@ from tqdm import tqdm
 from checkpoints import add_network_options, find_checkpoint, load_network
 from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
 from devices import (
-    HALF_PRECISIONS, fast_bfloat16, free_memory, from_first, join_processes, pick_device, rank_of_run, threads_beside,
-    to_first,
+    HALF_PRECISIONS, as_one_run, fast_precision, free_memory, from_first, join_processes, out_of_memory, pick_device,
+    processes_here, rank_of_run, threads_beside, to_first,
 )
 from images import WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
 from inference import SharedRunner, StripRunner, self_ensemble, to_image, to_tensor
@@ -108,7 +109,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=("fp32", *HALF_PRECISIONS, "auto"), default="fp32",
-        help="of the convolutions; auto is fp16 on a GPU, bf16 on a CPU that is faster with it (default: %(default)s)",
+        help="of the convolutions; auto is the fastest of the device (default: %(default)s)",
     )
     parser.add_argument(
         "--max_memory", type=at_least(0, float), metavar="GIB",
@@ -212,7 +213,7 @@ def faults_of(path):
         raise InputError(f"{path}: {error}") from None
     except (MemoryError, RuntimeError) as error:
         text = str(error).partition("\n")[0]
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        memory = isinstance(error, MemoryError) or out_of_memory(error)
         if not memory and "allocate memory" not in text and "ALLOC_FAILED" not in text:  # by a CPU, and by cuDNN
             raise
         raise InputError(f"{path}: not enough memory ({text or type(error).__name__})") from None
@@ -419,9 +420,9 @@ def load_runner(args, device):
     """The network of --save_path, ready for whole images in the precision and memory that the options allow."""
     precision = args.precision
     if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "bf16" if fast_bfloat16(device) else "fp32"
+        precision = fast_precision(device)
     net = load_network(args.checkpoint, args.recurrent_iter, args.use_dilation).to(device)
-    max_memory = 0.75 * free_memory() if args.max_memory is None else args.max_memory * 2**30
+    max_memory = 0.75 * free_memory() / processes_here() if args.max_memory is None else args.max_memory * 2**30
     runner = StripRunner(net, HALF_PRECISIONS.get(precision, torch.float32), max_memory)
     return SharedRunner(self_ensemble(runner) if args.self_ensemble else runner, runner.images_at_once)
 
@@ -459,29 +460,32 @@ def main():
     check_options(args)
     rank, ranks = rank_of_run()
     device = pick_device(args.device)
-    join_processes(torch.device("cpu"))  # the processes tell one another of files, never of tensors
     if not args.results_path:
         print(f"weights: {printable(args.checkpoint)}")
+    with as_one_run(rank, ranks):
+        # The processes tell one another of files, never of tensors. One may have a long video, the others none.
+        join_processes(torch.device("cpu"), timedelta(days=30))
 
-    # 1. Plan: the first process looks at the folders, before any writes
-    inputs, jobs = from_first(plan(args) if rank == 0 else None)
+        # 1. Plan: the first process looks at the folders, before any writes
+        inputs, jobs = from_first(lambda: plan(args))
 
-    # 2. Derain and measure each
-    runner = None if args.results_path else load_runner(args, device)
-    failures = derain_images(runner, jobs, args, device, (rank, ranks)) if jobs else []
-    clips = to_first(derain_clips(runner, inputs.clips[rank::ranks], args, device))
-    failures += [failure for some in clips for failure in some]
-    if rank > 0:
-        return
+        # 2. Derain and measure each
+        runner = None if args.results_path else load_runner(args, device)
+        failures = derain_images(runner, jobs, args, device, (rank, ranks)) if jobs else []
+        clips = to_first(derain_clips(runner, inputs.clips[rank::ranks], args, device))
+        failures += [failure for some in clips for failure in some]
+    if rank == 0:
+        report_left_over(args, inputs, len(jobs) + len(inputs.clips), failures)
 
-    # 3. What was not done
+
+def report_left_over(args, inputs, total, failures):
+    """Step 3: say what was not done, and end with an error if any of the ``total`` files failed."""
     if inputs.others:
         names = ", ".join(printable(os.path.relpath(path, args.test_data_path)) for path in inputs.others)
         print(f"not processed: {names}")
     if inputs.missing:
         names = ", ".join(printable(path.name) for path in inputs.missing)
         raise RunError(f"--results_path {args.results_path}: no result of {len(inputs.missing)} images: {names}")
-    total = len(jobs) + len(inputs.clips)
     if failures and total == 1:
         raise RunError(failures[0][1])
     if failures:

@@ -16,15 +16,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
-    HALF_PRECISIONS, FiniteCheck, StopSignal, average, choose_speed, ignore_lost_children, join_processes,
-    leave_signals_to_parent, loader_processes, lost_process, mixed_precision, pick_device, rank_of_run, restarted,
+    HALF_PRECISIONS, FiniteCheck, StopSignal, as_one_run, average, choose_speed, ignore_lost_children, join_processes,
+    leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted,
     threads_beside, total,
 )
 from inference import SharedRunner, StripRunner, to_image, to_tensor
@@ -38,7 +37,7 @@ from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_a
 from training_sets import (
     add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation,
 )
-from utils import InputError, RunError, add_flag, ahead, at_least, progress, run_script
+from utils import InputError, add_flag, ahead, at_least, progress, run_script
 
 
 def parse_args(argv=None):
@@ -151,7 +150,8 @@ def load_data(args, device, rank, ranks):
     val_pairs = separate(sets, hold_out, given, args.exclude_test)
     validation = summarise_validation(val_pairs)
 
-    packing = args.packed_dir, args.patch_size, args.stride, args.preprocess, args.skip_small
+    anew = args.preprocess and rank == 0 and not restarted()
+    packing = args.packed_dir, args.patch_size, args.stride, anew, args.skip_small
     sources = [open_patches(training_set, *packing) for training_set in sets]
     dataset = TrainingPatches(sources, args.augment, args.seed, rain)
     if len(dataset) < ranks:
@@ -209,7 +209,8 @@ def update_average(averaged, net, decay, step):
 
 
 def take_step(args, model, criterion, optimizers, scaler, batch, skip):
-    """Take a step on a batch. None of its numbers is looked at here, as that would wait for the device.
+    """Take a step on a batch. None of its numbers is looked at here, as that would wait for the device (but by the
+    scaler, which with fp16 looks whether a gradient has overflowed).
 
     Args:
         model, criterion: the network and ``losses.DerainLoss``.
@@ -380,17 +381,9 @@ def main():
     device = pick_device(args.device)
     rank, ranks = rank_of_run()
     args.resume = args.resume or restarted() and (args.save_path / STATE_FILE).exists()
-    try:
-        with ignore_lost_children(), hold_run(args.save_path, args.resume) if rank == 0 else nullcontext():
+    with as_one_run(rank, ranks, "; --resume goes on from the last save"), ignore_lost_children():
+        with hold_run(args.save_path, args.resume) if rank == 0 else nullcontext():
             interrupted = train(args, device, rank, ranks)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        reason = lost_process(error)
-        if reason is None:
-            raise
-        process = f"process {rank} of {ranks}: " if ranks > 1 else ""
-        raise RunError(f"{process}{reason}; --resume goes on from the last save") from None
-    if ranks > 1:
-        distributed.destroy_process_group()
     if interrupted:
         sys.exit(130)
 

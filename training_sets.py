@@ -185,7 +185,7 @@ def add_data_options(group):
     add_flag(group, "--augment", True, "mirror half of the patches")
     group.add_argument(
         "--num_workers", type=at_least(0), metavar="N",
-        help="loader processes; 0 loads in the main one (default: one for each core, up to 16)",
+        help="loader processes; 0 loads in the main one (default: one for each core that the process has, up to 16)",
     )
     group.add_argument(
         "--val_path", metavar="DIR",

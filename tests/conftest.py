@@ -19,6 +19,9 @@ from networks import SAPNet
 # More threads cost more than they gain on images this small. The processes that tests start read the variable.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
+# How many times as often as usual a fault is tried: THOROUGH=10 is what the figures of docs/reliability.md are from.
+THOROUGH = int(os.environ.get("THOROUGH", 1))
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 

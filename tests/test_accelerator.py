@@ -54,7 +54,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("standin")
 torch.standin.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 
-from devices import FiniteCheck
 from losses import build_criterion
 from muon import build_optimizers
 from test_accelerator import Traffic
@@ -83,7 +82,6 @@ with FakeTensorMode():
     for module in (net, averaged, criterion):
         without_data(module)
     optimizers, scaler = build_optimizers("muon", net, 1e-3), torch.amp.GradScaler("cpu", enabled=False)
-    finite = FiniteCheck(str)
     for step in (1, 2):
         rainy, clean = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
         with Traffic("standin") as traffic:

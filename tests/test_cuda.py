@@ -67,12 +67,15 @@ def test_a_full_card_gets_smaller_strips():
     runner, image = StripRunner(SAPNet(recurrent_iter=1).cuda()), torch.rand(1, 3, 1200, 1600).cuda()
     expected = to_image(runner(image))
     maps = runner.memory(1200, 1600)
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     filler = torch.empty(max(1, free - maps - 2**29), dtype=torch.uint8, device="cuda")
-    assert strip_pixels(image.device, maps) < 2**20
-    assert np.abs(to_image(runner(image)).astype(int) - expected).max() <= 1
-    del filler
-    torch.cuda.empty_cache()
+    try:
+        assert strip_pixels(image.device, maps) < 2**20
+        assert np.abs(to_image(runner(image)).astype(int) - expected).max() <= 1
+    finally:
+        del filler
+        torch.cuda.empty_cache()
 
 
 def test_images_of_a_batch_are_those_of_one_at_a_time():
@@ -94,7 +97,7 @@ def test_twenty_steps_of_training(run, tmp_path, amp, compiled):
     result = run("train", *gpu_options(pairs, tmp_path / "run", **flags))
     assert result.status == 0, result
     losses = [line["loss"] for line in read_lines(tmp_path / "run") if "epoch" not in line]
-    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5])
     tested = run("test", "--save_path", tmp_path / "run", "--test_data_path", pairs, "--output_path", tmp_path / "o")
     assert tested.status == 0, tested
 

@@ -90,7 +90,7 @@ def test_mixed_precision_is_that_of_the_card(monkeypatch, capsys, bfloat16, capa
 def test_loader_processes_share_the_cores(monkeypatch, cores, processes, loaders):
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert loader_processes() == loaders
+    assert loader_processes() == loaders and threads_beside(torch.device("mps")) == 0
     assert threads_beside(torch.device("cpu")) == 0 and threads_beside(torch.device("cuda:0")) == min(8, loaders)
 
 
@@ -178,14 +178,22 @@ def test_a_thread_that_fails_does_not_cost_the_others():
             raise ValueError("too bright")
         return rainy
 
-    runner, results = SharedRunner(network), []
+    listening = Listening(4)
+    listening.shared = runner = SharedRunner(lambda rainy: network(listening(rainy) / 2), lambda height, width: 2)
+    results = {}
 
-    def call(value):
+    def call(number, size, value):
         try:
-            results.append(runner(torch.full((1, 3, 2, 2), value)).max().item())
+            results[number] = runner(torch.full((1, 3, size, size), value)).max().item()
         except ValueError as error:
-            results.append(str(error))
+            results[number] = str(error)
 
-    for value in (0.5, 2.0, 0.25):
-        call(value)
-    assert results == [0.5, "too bright", 0.25] and not runner.waiting
+    # Of two sizes, so that others wait ahead of the one that fails.
+    jobs = [(2, 0.5), (3, 0.75), (2, 2.0), (3, 0.25), (4, 0.125)]
+    threads = [threading.Thread(target=call, args=(number, *job)) for number, job in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert results == {0: 0.5, 1: 0.75, 2: "too bright", 3: 0.25, 4: 0.125} and not runner.waiting

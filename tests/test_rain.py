@@ -7,7 +7,8 @@ from conftest import contents, photo, save, with_rain
 from images import read_rgb
 from pairs import find_pairs, read_pair
 from rain import (
-    PRESETS, TrainingRain, add_rain, extract_streaks, fit_streaks, follows_model, streak_layer, vary_streaks,
+    EXACT, PRESETS, TrainingRain, add_rain, draw_rain, extract_streaks, fit_streaks, follows_model, streak_layer,
+    vary_streaks,
 )
 
 
@@ -60,6 +61,20 @@ def test_streaks_are_mostly_vertical():
     layer = streak_layer(200, 200, "heavy", np.random.default_rng(3)).astype(float)
     across, along = np.abs(np.diff(layer, axis=1)).mean(), np.abs(np.diff(layer, axis=0)).mean()
     assert across > 2 * along
+
+
+def test_rain_as_photographs_show_it_is_soft_coloured_and_misty():
+    clean = np.full((120, 150, 3), 60, np.uint8)
+    for seed in range(8):
+        rainy = draw_rain(clean, "real", np.random.default_rng(seed)).astype(float)
+        assert np.array_equal(rainy, draw_rain(clean, "real", np.random.default_rng(seed)))
+        mist = np.percentile(rainy, 1) - 60
+        assert -1 < mist <= 0.2 * (230 - 60) + 1 and rainy.mean() > 60 + mist
+        steps = np.abs(np.diff(rainy[..., 1], axis=1))
+        assert steps.max() < 0.75 * np.ptp(rainy[..., 1]), "no streak is hard-edged"
+    assert np.ptp(rainy - rainy[..., :1]) > 1, "the channels differ"
+    for preset in EXACT:
+        assert follows_model(draw_rain(clean, preset, np.random.default_rng(1)), clean)
 
 
 def test_add_rain_saturates():
@@ -320,7 +335,7 @@ def test_comparison_is_written(run, pairs_dir, tmp_path):
     result = run("rain_stats", "--data_path", pairs_dir, "--output", tmp_path / "out/rain")
     assert result.status == 0, result
     table = (tmp_path / "out/rain.md").read_text()
-    assert [line.split(" | ")[1] for line in table.splitlines()[-3:]] == ["real", *PRESETS]
+    assert [line.split(" | ")[1] for line in table.splitlines()[-3:]] == ["real", *EXACT]
     means = [extract_streaks(*read_pair(pair)).mean() for pair in find_pairs(pairs_dir).pairs]
     assert f"| pairs | real | 3 | {np.mean(means):.1f} (" in table and f"--output {tmp_path / 'out/rain'}" in table
     assert read_rgb(tmp_path / "out/rain.jpg").shape[1] == rain_stats.WIDTH

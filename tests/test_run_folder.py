@@ -203,12 +203,15 @@ def test_a_state_is_restored_as_it_was(tmp_path, state, capsys):
     torch.manual_seed(3)
     state.save(tmp_path, position)
     drawn = torch.rand(3)
-    other = make_state(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3)), batch_size=2)
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3))
+    other = make_state(net.to(memory_format=torch.channels_last), batch_size=2)  # which --channels_last may change
     assert other.load(tmp_path) == position
     assert torch.equal(torch.rand(3), drawn)
     torch.testing.assert_close(other.net.state_dict(), state.net.state_dict(), rtol=0, atol=0)
     for mine, theirs in zip(other.optimizers, state.optimizers, strict=True):
         torch.testing.assert_close(mine.state_dict()["state"], theirs.state_dict()["state"], rtol=0, atol=0)
+        for parameter, values in mine.state.items():
+            assert values["exp_avg"].stride() == parameter.stride(), "fused kernels read both in one order"
     assert capsys.readouterr().out == "going on after step 7, 30 patches, batch_size 4 -> 2\n"
 
 

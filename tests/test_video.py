@@ -19,7 +19,7 @@ import pytest
 import torch
 from av.video.reformatter import Interpolation
 
-from conftest import ROOT, contents, photo, run_subprocess, save
+from conftest import ROOT, THOROUGH, contents, photo, run_subprocess, save
 from rain import add_rain, streak_layer
 from utils import InputError, RunError
 from video import Flicker, VideoOptions, derain_video
@@ -903,7 +903,7 @@ def test_killed_at_any_moment(tmp_path, capsys):
     """By Ctrl-C, SIGTERM or kill -9; after each, what is there is playable, and the same command goes on in the end."""
     source = make_clip(tmp_path / "in/clip.mp4", moving(), setup=add_company)
     random, folder, kills, left = np.random.default_rng(0), tmp_path / "results", 0, False
-    for _ in range(6):
+    for _ in range(THOROUGH):
         for _ in range(40):
             process = child(source, folder, 0.02)
             try:
@@ -926,7 +926,7 @@ def test_killed_at_any_moment(tmp_path, capsys):
         assert_same_planes(source, folder / "clip.mp4", 3)
         (folder / "clip.mp4").unlink()
         left = False
-    figure(capsys, f"videos: {kills} kills, each left a playable file or none, and 6 videos were completed")
+    figure(capsys, f"videos: {kills} kills, each left a playable file or none, and {THOROUGH} videos were completed")
 
 
 def test_stopped_before_the_first_frame_leaves_nothing(tmp_path):

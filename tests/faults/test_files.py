@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageCms
 
 from checkpoints import load_network, load_weights
-from conftest import contents, photo
+from conftest import THOROUGH, contents, photo
 from DerainDataset import PackedPatches, PReNetPatches, fingerprint, pack, plan_cuts
 from images import image_size, read_image, read_metadata, read_rgb
 from metadata import encode as encode_result
@@ -155,7 +155,7 @@ def check(tmp_path, capsys, title, count, edge, make):
     """Let a process ``examine`` the files that ``make(folder)`` gives; it must live, and find nothing."""
     report, path = tmp_path / "report", tmp_path / "mutant"
     fork = Fork(tmp_path / "log", examine_made, make, tmp_path, report, path, count, edge)
-    assert fork.wait(300) == 0, f"{path} ended or hung its reader\n{fork.log.read_text()[-2000:]}"
+    assert fork.wait(300 * THOROUGH) == 0, f"{path} ended or hung its reader\n{fork.log.read_text()[-2000:]}"
     result = json.loads(report.read_text())
     assert not result["faults"], "\n".join(result["faults"][:20])
     assert result["memory"] < MEMORY
@@ -246,7 +246,7 @@ def make_images(folder):
 
 @pytest.mark.slow
 def test_mutated_images(tmp_path, capsys):
-    check(tmp_path, capsys, "images", 4000, 100, make_images)
+    check(tmp_path, capsys, "images", 600 * THOROUGH, 100, make_images)
 
 
 def declare(data, kind):
@@ -419,13 +419,13 @@ def make_prenet(folder):
 
 @pytest.mark.slow
 def test_mutated_packed_files(tmp_path, capsys):
-    result = check(tmp_path, capsys, "packed patches", 1000, 2000, make_packed)
+    result = check(tmp_path, capsys, "packed patches", 150 * THOROUGH, 2000, make_packed)
     assert result["other"] == 0, "each part of the file has a checksum"
 
 
 @pytest.mark.slow
 def test_mutated_prenet_files(tmp_path, capsys):
-    check(tmp_path, capsys, "PReNet's HDF5", 1000, 3000, make_prenet)
+    check(tmp_path, capsys, "PReNet's HDF5", 150 * THOROUGH, 3000, make_prenet)
 
 
 # Checkpoints
@@ -473,4 +473,4 @@ def test_bad_state_of_a_run(run, refused, pairs_dir, tmp_path, fault):
 
 @pytest.mark.slow
 def test_mutated_checkpoints(tmp_path, capsys):
-    check(tmp_path, capsys, "checkpoints", 1000, 6000, make_checkpoints)
+    check(tmp_path, capsys, "checkpoints", 150 * THOROUGH, 6000, make_checkpoints)

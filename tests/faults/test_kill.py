@@ -13,11 +13,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
 import run_folder
-from conftest import make_pairs
+from conftest import THOROUGH, make_pairs
 from test_train import assert_same_run, options, read_state, tiny
 from warm import Fork, figure, run_script
 
-KILLS = 50
+KILLS = 5 * THOROUGH
 TINY = {"patch_size": 11, "stride": 9, "recurrent_iter": 1, "val_pairs": 1, "save_steps": 2}
 
 

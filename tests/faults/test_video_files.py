@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from conftest import THOROUGH
 from test_files import check
 from test_video import BASE, MS, add_company, make_clip, pictures
 from utils import InputError
@@ -50,5 +51,5 @@ def make_videos(folder, chosen):
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [0, 1])
 def test_mutated_videos(tmp_path, capsys, half):
-    """4,000 of them; a minute for each half on two cores."""
-    check(tmp_path, capsys, f"videos, half {half}", 2000, 2000, partial(make_videos, chosen=SEEDS[half::2]))
+    """THOROUGH=10 tries 4,000."""
+    check(tmp_path, capsys, f"videos, half {half}", 200 * THOROUGH, 2000, partial(make_videos, chosen=SEEDS[half::2]))
