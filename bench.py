@@ -44,7 +44,9 @@ def image_size(text):
     try:
         height, width = map(int, text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, got {text!r}") from None
+        height = width = 0
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in px, got {text!r}")
     return height, width
 
 

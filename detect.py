@@ -286,6 +286,8 @@ class Detection:
         ]
         if self.judged:
             lines.append(f"labels of {len(self.objects)} images, {int(sum(map(np.sum, self.objects)))} objects")
+        if objects == 0:
+            return [*lines, "nothing can be measured without objects: a lower --confidence finds more"]
         return lines + ([f"{objects} objects are few: read the intervals before the figures"] if objects < FEW else [])
 
 

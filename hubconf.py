@@ -167,7 +167,7 @@ def derain(
         raise TypeError(f"device: expected a name or a torch.device, found {_kind(device)}")
     devices = _module("devices")
     with _usual_errors():
-        device = devices.pick_device(device)
+        device = devices.pick_device(str(device))
     if precision == "auto":
         precision = devices.fast_precision(device)
     net = sapnet(weights, recurrent_iter, use_dilation).to(device)

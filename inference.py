@@ -17,7 +17,6 @@ derains the images of a folder with it.
 import copy
 import math
 import mmap
-import os
 import sys
 import tempfile
 import threading
@@ -179,16 +178,12 @@ class FeatureMap:
 
 
 @lru_cache
-def strip_threads(count, process):
+def strip_threads(count):
     """``count`` threads that each use one core, for whole strips of an image.
 
     PyTorch would use all cores within each operation instead. An operation on a strip takes less than a millisecond,
     and at the end of each the cores wait for one another, spinning: beside another program, which takes a core for
     longer than that, an image then takes ten times as long. These threads wait for one another once a layer, asleep.
-
-    Args:
-        count: of threads.
-        process: the number of this process; a fork has none of its parent's threads and makes its own.
     """
     ready = threading.Barrier(count + 1)
 
@@ -218,7 +213,7 @@ def for_each(function, strips, device):
     if device.type != "cpu" or not 1 < count <= len(strips):
         return [function(*strip) for strip in strips]
     run = torch.inference_mode()(function)  # the mode is that of a thread
-    return list(strip_threads(count, os.getpid()).map(run, *zip(*strips)))
+    return list(strip_threads(count).map(run, *zip(*strips)))
 
 
 # What the layers compute

@@ -287,18 +287,20 @@ def train(args, device, rank, ranks):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = RunState(net, averaged, optimizers, scaler, data, horizon, args.safetensors)
     position = state.load(args.save_path) if resumed else Position()
-    if rank == 0:
-        write_arguments(args)
-        if resumed:  # it was killed, perhaps, before it could write these
-            state.save_weights(args.save_path)
     model = torch.compile(net) if args.compile else net
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     epoch_patches = len(batches) * batches.batch_size
     print(f"{len(dataset)} patches, {len(batches)} steps an epoch, {len(val_pairs)} validation pairs", flush=True)
     if args.use_stage1 and share_done(args, position, epoch_patches) >= 1:
+        if rank == 0:  # the run was killed, perhaps, before it could write these
+            state.save_weights(args.save_path)
         print(f"nothing left to do after step {position.step}; a larger --epochs or --max_steps trains on")
         return False
+    if rank == 0:
+        write_arguments(args)
+        if resumed:
+            state.save_weights(args.save_path)
     log, stop, finite = RunLog(args.save_path, position, enabled=rank == 0), StopSignal(), FiniteCheck(dataset.describe)
 
     def save():
