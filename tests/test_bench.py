@@ -50,7 +50,7 @@ def test_table_and_json(run, baseline, tmp_path):
 
 def test_training_phases(baseline):
     device = torch.device("cpu")
-    phases = bench.training_step(SAPNet(recurrent_iter=1), DerainLoss(weights={}), device, "fp16")()
+    phases = bench.training_step(SAPNet(recurrent_iter=1), DerainLoss(weights={}), device)()
     assert phases.keys() == {"forward", "loss", "backward", "optimizer"} and min(phases.values()) > 0
     plain = bench.load_baseline(str(baseline))
     assert "second forward" in bench.training_step(plain, DerainLoss(weights={}), device, second_forward=True)()

@@ -125,6 +125,8 @@ def clone(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "weights", "weights")
     for name in ("RainTrainH", "RainTrainL"):
         make_pairs(tmp_path / "datasets/train" / name)
+    make_pairs(tmp_path / "datasets/train/RainHeavy", (11, 12))
+    make_pairs(tmp_path / "datasets/val/RainHeavy", (13,))
     for name in ("Rain100H", "Rain100L", "RainSample"):
         for number in (4, 5):
             save(f"datasets/test/{name}/norain-00{number}.png", photo(number))

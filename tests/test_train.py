@@ -457,7 +457,7 @@ def test_a_long_run_is_really_compiled(train_run, run, pairs_dir, tmp_path, monk
     torch._dynamo.utils.counters.clear()
     try:
         result = run("train", *without_speed(tiny(pairs_dir, tmp_path / "run", **flags)), "--amp", "True")
-        assert result.status == 0 and "bfloat16 True, compile True" in result.out, result
+        assert result.status == 0 and "mixed precision bf16, compile True" in result.out, result
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
         assert torch._dynamo.utils.counters["inductor"] and not torch._dynamo.utils.counters["graph_break"]
     finally:

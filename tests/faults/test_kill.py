@@ -192,7 +192,7 @@ def test_killed_within_each_write(folder, capsys):
     whole.finish()
     kills = 0
     for site, (counts, moments) in SITES.items():
-        for count in counts:
+        for count in counts if THOROUGH >= 10 else counts[:1]:
             for moment in moments:
                 run = Runs(folder, f"{site}-{moment}-{count}", epochs=2)
                 assert run.start(Trap(site, moment, count).set).wait() == -signal.SIGKILL, (site, moment, count)
