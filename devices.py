@@ -10,6 +10,8 @@ import shutil
 import signal
 import sys
 import threading
+import time
+import uuid
 from collections import deque
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -192,6 +194,41 @@ def restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def meet(store, rank, ranks, patience=PATIENCE):
+    """The part of a store that only the processes which are running now write to.
+
+    torchrun keeps one store for all its restarts, and in it stand the addresses of processes that are gone: who read
+    one would wait there. torchrun's own count of restarts may differ between machines, so the first process names the
+    part, and the others take the name only from an answer to a word of theirs.
+
+    Args:
+        store: a ``torch.distributed.Store`` that all of them see.
+        rank, ranks: this process's number, and how many they are.
+        patience: a ``timedelta``, how long to wait for the others.
+
+    Returns:
+        a ``PrefixStore``.
+
+    Raises:
+        DistStoreError: the others have not come in time.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + patience.total_seconds()
+    others = [str(other) for other in range(1, ranks)]
+    store.set(str(rank), mine)
+    while True:
+        if rank == 0:
+            words = [store.get(other).decode() for other in others if store.check([other])]
+            store.set("answer", " ".join([mine, *words]))
+            if store.check([f"{mine} {other}" for other in others]):
+                return distributed.PrefixStore(mine, store)
+        elif store.check(["answer"]) and mine in (answer := store.get("answer").decode().split()):
+            store.set(f"{answer[0]} {rank}", "here")
+            return distributed.PrefixStore(answer[0], store)
+        if time.monotonic() > deadline:
+            raise distributed.DistStoreError(f"the others have not come within {patience}")
+        time.sleep(0.05)
+
+
 def join_processes(device, patience=PATIENCE):
     """Wait until all processes of the run have called this; it does nothing in a run of one.
 
@@ -202,7 +239,11 @@ def join_processes(device, patience=PATIENCE):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     cuda = device.type == "cuda"
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    store, rank, ranks = next(distributed.rendezvous("env://", timeout=patience))
+    store = meet(store, rank, ranks, patience)
+    distributed.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=patience
+    )
     distributed.barrier(device_ids=[device.index] if cuda else None)  # NCCL does not wait in init_process_group
 
 
@@ -368,18 +409,23 @@ class FiniteCheck:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks the run to stop after the current step; a second Ctrl-C stops it at once."""
+    """Ctrl-C or SIGTERM asks the run to stop after the current step; a second Ctrl-C stops it at once.
+
+    Attributes:
+        agreed: whether all processes of the run have come to know that one of them was asked.
+    """
 
     def __init__(self):
-        self.received = False
+        # Apart from one another, as a signal may arrive while the processes agree: that one counts the next time.
+        self.asked = self.agreed = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        self.received = True
+        self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agree(self, device):
         """Whether any process of the run was asked to stop; all must call this at the same step."""
-        self.received = average([float(self.received)], device)[0] > 0
-        return self.received
+        self.agreed = average([float(self.asked)], device)[0] > 0
+        return self.agreed

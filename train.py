@@ -372,7 +372,7 @@ def train(args, device, rank, ranks):
         if ended or stopped:
             if not ended:
                 print(f"stopped after step {position.step}; the same command with --resume continues")
-            return stop.received and not ended
+            return stop.agreed and not ended
 
 
 def main():
