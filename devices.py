@@ -6,6 +6,7 @@ Apart from ``utils.py``, so that what needs no PyTorch starts without it.
 """
 import argparse
 import os
+import queue
 import shutil
 import signal
 import sys
@@ -292,6 +293,57 @@ def to_first(value):
     boxes = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
     distributed.gather_object(value, boxes)
     return boxes or []
+
+
+class AmongProcesses:
+    """A function whose calls the processes of the run share. Threads of the first process call it, at the same time.
+
+    Meanwhile the others ``serve`` it. Each computes one call at a time, the first process too.
+    """
+
+    def __init__(self, function):
+        self.function, self.free, self.rank, self.ranks = function, queue.SimpleQueue(), 0, 1
+        if distributed.is_initialized():
+            self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
+        for rank in range(self.ranks):
+            self.free.put(rank)
+
+    def __call__(self, value):
+        """``function(value)``, or what it has raised; both travel between the processes."""
+        rank = self.free.get()
+        try:
+            if rank == 0:
+                return self.function(value)
+            distributed.send_object_list([value], rank)
+            box = [None, None]
+            distributed.recv_object_list(box, rank)
+        finally:
+            self.free.put(rank)
+        result, error = box
+        if error is not None:
+            raise error
+        return result
+
+    def serve(self):
+        """Compute what the first process sends, until it closes; it also decides what a signal does."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        box = [None]
+        while True:
+            distributed.recv_object_list(box, 0)
+            if box[0] is None:
+                return
+            try:
+                answer = [self.function(box[0]), None]
+            except (InputError, RunError) as error:
+                answer = [None, error]
+            distributed.send_object_list(answer, 0)
+
+    def close(self):
+        """Let the other processes go on, once the calls that are under way have ended."""
+        for rank in [self.free.get() for _ in range(self.ranks)]:
+            if rank:
+                distributed.send_object_list([None], rank)
 
 
 def lost_process(error):

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -26,8 +26,8 @@ from tqdm import tqdm
 from checkpoints import add_network_options, find_checkpoint, load_network
 from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
 from devices import (
-    HALF_PRECISIONS, as_one_run, fast_precision, free_memory, from_first, join_processes, out_of_memory, pick_device,
-    processes_here, rank_of_run, threads_beside, to_first,
+    HALF_PRECISIONS, AmongProcesses, as_one_run, fast_precision, free_memory, from_first, join_processes,
+    out_of_memory, pick_device, processes_here, rank_of_run, threads_beside, to_first,
 )
 from images import WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
 from inference import SharedRunner, StripRunner, self_ensemble, to_image, to_tensor
@@ -358,13 +358,13 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
 # Videos
 
 
-def video_options(args):
-    """The ``VideoOptions`` that the options ask for."""
+def video_options(args, at_once=0):
+    """The ``VideoOptions`` that the options ask for, ``at_once`` as there."""
     settings = {
         "weights": zlib.crc32(args.checkpoint.read_bytes()), "recurrent_iter": args.recurrent_iter,
         "use_dilation": args.use_dilation, "precision": args.precision, "self_ensemble": args.self_ensemble,
     }
-    return VideoOptions(args.codec, args.crf, args.frames, args.overwrite, settings)
+    return VideoOptions(args.codec, args.crf, args.frames, args.overwrite, settings, at_once)
 
 
 def describe_change(average):
@@ -377,12 +377,10 @@ def describe_change(average):
     )
 
 
-def derain_clip(runner, args, device):
+def derain_clip(derain_frame, args, at_once):
     """Derain the video --test_data_path, and report how steady it is."""
     source = args.test_data_path
-    result = derain_video(
-        source, args.output_path, lambda frame: derain(runner, frame, device)[0], video_options(args)
-    )
+    result = derain_video(source, args.output_path, derain_frame, video_options(args, at_once))
     if result is None:  # it was there already
         return
     if result.rows:
@@ -398,21 +396,27 @@ def derain_clip(runner, args, device):
 
 
 def derain_clips(runner, clips, args, device):
-    """Derain each video of [(path, folder of its result below --output_path)].
+    """Derain each video of [(path, folder of its result below --output_path)]; the processes share its frames.
 
     Returns:
-        [(name, reason)] of those that failed.
+        [(name, reason)] of those that failed, in the first process.
     """
-    failures = []
-    for path, below in clips:
-        own = {"test_data_path": path, "output_path": args.output_path / below}
-        try:
-            derain_clip(runner, argparse.Namespace(**{**vars(args), **own}), device)
-        except (InputError, RunError) as error:
-            if len(args.inputs) == 1 and path == args.test_data_path:
-                raise
-            print(f"error: {printable(error)}")
-            failures.append((printable(below / path.name), printable(error)))
+    derain_frame, failures = AmongProcesses(lambda frame: derain(runner, frame, device)[0]), []
+    if derain_frame.rank > 0:
+        derain_frame.serve()
+        return []
+    # Beside a card, a thread keeps it busy while frames are read and written; a CPU is busy anyway.
+    at_once = derain_frame.ranks if derain_frame.ranks > 1 else int(device.type == "cuda")
+    with closing(derain_frame):
+        for path, below in clips:
+            own = {"test_data_path": path, "output_path": args.output_path / below}
+            try:
+                derain_clip(derain_frame, argparse.Namespace(**{**vars(args), **own}), at_once)
+            except (InputError, RunError) as error:
+                if len(args.inputs) == 1 and path == args.test_data_path:
+                    raise
+                print(f"error: {printable(error)}")
+                failures.append((printable(below / path.name), printable(error)))
     return failures
 
 
@@ -463,7 +467,7 @@ def main():
     if not args.results_path:
         print(f"weights: {printable(args.checkpoint)}")
     with as_one_run(rank, ranks):
-        # The processes tell one another of files, never of tensors. One may have a long video, the others none.
+        # On the CPU, as they exchange files' names and frames. One may have a far larger image than the others.
         join_processes(torch.device("cpu"), timedelta(days=30))
 
         # 1. Plan: the first process looks at the folders, before any writes
@@ -472,8 +476,7 @@ def main():
         # 2. Derain and measure each
         runner = None if args.results_path else load_runner(args, device)
         failures = derain_images(runner, jobs, args, device, (rank, ranks)) if jobs else []
-        clips = to_first(derain_clips(runner, inputs.clips[rank::ranks], args, device))
-        failures += [failure for some in clips for failure in some]
+        failures += derain_clips(runner, inputs.clips, args, device) if inputs.clips else []
     if rank == 0:
         report_left_over(args, inputs, len(jobs) + len(inputs.clips), failures)
 

@@ -21,9 +21,9 @@ import cv2
 import numpy as np
 
 from images import to_uint8
-from utils import InputError, RunError, locked, printable, progress, write_csv
+from utils import InputError, RunError, ahead, locked, printable, progress, write_csv
 from video_form import CODECS, choose_form, describe_form
-from video_input import clip_name, open_source
+from video_input import Shot, clip_name, open_source
 from video_output import SUFFIXES, VideoWriter, beside, choose_container, describe_stream, read_mark
 
 STATIC_CHANGE = 3  # largest change of a pixel that stands still, in grey levels, after the streaks are filtered out
@@ -41,6 +41,7 @@ class VideoOptions:
         frames: (first, last) frame to derain, both counted from 1 and included; None takes all.
         overwrite: whether to start again where an earlier result is; otherwise a stopped one is gone on with.
         settings: what else the result depends on, such as the weights; values that JSON can hold.
+        at_once: how many threads derain frames, while others are read and written; with 0 none does.
     """
 
     codec: str = "h264"
@@ -48,6 +49,7 @@ class VideoOptions:
     frames: tuple[int, int] | None = None
     overwrite: bool = True
     settings: dict = field(default_factory=dict)
+    at_once: int = 0
 
 
 class VideoResult(NamedTuple):
@@ -174,6 +176,15 @@ class Flicker:
         return {"static": float(static.mean()), "change_rainy": float(means[0]), "change_derained": float(means[1])}
 
 
+class Frame(NamedTuple):
+    """A frame on its way: ``rainy`` is ``picture`` as RGB, and both are None where there is none to derain."""
+
+    number: int
+    shot: Shot
+    picture: object
+    rainy: np.ndarray | None
+
+
 class Deraining:
     """The loop over the frames of a video; what it has done so far is in its attributes.
 
@@ -183,10 +194,11 @@ class Deraining:
         last: the number of the last frame that was written.
     """
 
-    def __init__(self, writer, derain):
-        self.writer, self.derain = writer, derain
+    def __init__(self, writer, derain, at_once):
+        self.writer, self.derain, self.at_once = writer, derain, at_once
         self.rows, self.lost, self.last = [], [], writer.first - 1
-        self.picture = self.derained = None  # the last picture that could be read, and its result
+        self.picture, self.prepared = None, False  # the last picture that could be read; whether one was prepared
+        self.derained = None  # the last result
         self.waiting = []  # frames before the first one that can be read
         self.flicker = Flicker()
 
@@ -208,8 +220,10 @@ class Deraining:
                 print(f"{printable(writer.output)}: going on after frame {before}", flush=True)
             count = writer.source.count
             total = max(0, min(count, last or count) - before)
-            for number, shot in progress(islice(numbered, last and last - before), "deraining", total=total):
-                self.take(number, shot, signals)
+            frames = map(self.prepare, islice(numbered, last and last - before))
+            with closing(ahead(self.work_on, frames, self.at_once)) as results:
+                for frame, derained, seconds in progress(results, "deraining", total=total):
+                    self.write(frame, derained, seconds, signals)
             signals.holding = True
         except OSError:
             raise
@@ -227,27 +241,37 @@ class Deraining:
             if shot.picture is None:
                 self.lost.append(number)
 
-    def take(self, number, shot, signals):
-        """Derain a frame and write it. One that cannot be read is the one before it once more, or the first one."""
-        if shot.picture is None:
-            self.lost.append(number)
-            if self.picture is None:
-                self.waiting.append(shot)
-                return
-        if shot.picture is not None or self.derained is None:
-            self.picture = shot.picture or self.picture
-            rainy = self.writer.converter.to_rgb(self.picture)
-            started = time.perf_counter()
-            derained = self.derain(rainy)
-            seconds = time.perf_counter() - started
-            self.derained = self.writer.converter.change(self.picture, rainy, derained)
-            if shot.picture is not None:
-                changes = self.flicker.add(to_uint8(rainy), to_uint8(derained))
-                self.rows.append({"frame": number, "seconds": seconds, **changes})
+    def prepare(self, numbered):
+        """The ``Frame`` of a (number, shot). One that cannot be read is the one before it once more."""
+        number, shot = numbered
+        self.picture = shot.picture or self.picture
+        if self.picture is None or shot.picture is None and self.prepared:
+            return Frame(number, shot, None, None)
+        self.prepared = True
+        return Frame(number, shot, self.picture, self.writer.converter.to_rgb(self.picture))
+
+    def work_on(self, frame):
+        """(frame, its result or None, the seconds it took)."""
+        started = time.perf_counter()
+        derained = None if frame.rainy is None else self.derain(frame.rainy)
+        return frame, derained, time.perf_counter() - started
+
+    def write(self, frame, derained, seconds, signals):
+        """Write a frame, or the result before it once more; those before the first result wait for that."""
+        if frame.shot.picture is None:
+            self.lost.append(frame.number)
+        if derained is not None:
+            self.derained = self.writer.converter.change(frame.picture, frame.rainy, derained)
+            if frame.shot.picture is not None:
+                changes = self.flicker.add(to_uint8(frame.rainy), to_uint8(derained))
+                self.rows.append({"frame": frame.number, "seconds": seconds, **changes})
+        if self.derained is None:
+            self.waiting.append(frame.shot)
+            return
         with signals.held():
-            for each in (*self.waiting, shot):
-                self.writer.add(self.derained, each)
-            self.waiting, self.last = [], number
+            for shot in (*self.waiting, frame.shot):
+                self.writer.add(self.derained, shot)
+            self.waiting, self.last = [], frame.number
 
 
 def derain_video(path, folder, derain, options):
@@ -259,7 +283,8 @@ def derain_video(path, folder, derain, options):
     Args:
         path: a video, or a pattern as ``PictureSequence`` takes it.
         folder: where to write NAME.mp4, or NAME.mkv or NAME.mov where the codec or the other streams want it.
-        derain: function of a frame, (H, W, 3) RGB uint8 or uint16, that returns the derained one in the same form.
+        derain: function of a frame, (H, W, 3) RGB uint8 or uint16, that returns the derained one in the same form;
+            with ``options.at_once``, so many threads call it at the same time.
         options: ``VideoOptions``.
 
     Returns:
@@ -302,17 +327,16 @@ def derain_video(path, folder, derain, options):
                 ]
                 for sentence in sentences:
                     print(f"{printable(path)}: {sentence}")
-                return run(writer, chain(leading, shots), derain, signals)
+                return run(writer, chain(leading, shots), Deraining(writer, derain, options.at_once), signals)
             except OSError as error:
                 raise RunError(f"{output}: could not be written ({error.strerror or error})") from None
             except KeyboardInterrupt:  # before the first frame
                 return VideoResult(output, [], 0, [], signals.number)
 
 
-def run(writer, shots, derain, signals):
+def run(writer, shots, deraining, signals):
     """Derain the frames that are still to be derained, and write the output; the result of ``derain_video``."""
     source, output, first, before = writer.source, writer.output, writer.first, writer.first - 1 + writer.done
-    deraining = Deraining(writer, derain)
     try:
         failure = deraining.go_through(shots, signals)
         complete = failure is None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -17,6 +18,7 @@ from devices import lost_process
 from networks import SAPNet
 from test_test import read_csv
 from test_train import TIMES, options, read_lines, read_state, tiny, without
+from test_video import frames_of
 from utils import InputError
 
 
@@ -201,6 +203,40 @@ def test_processes_share_the_pictures_of_a_folder(run, tmp_path, checkpoint):
     pictures = [without(contents(tmp_path / name), ["metrics.csv"]) for name in ("alone", "both")]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 5
     assert out.count("rain-2.png") == 1
+
+
+TELLING = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import test, utils
+
+derain = test.derain
+
+def telling(*arguments):
+    time.sleep(0.2)
+    print("process " + os.environ["RANK"] + " has a frame", file=sys.stderr, flush=True)
+    return derain(*arguments)
+
+test.derain = telling
+utils.run_script(test.main)
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_frames_of_a_video(run, tmp_path, checkpoint):
+    pattern = make_pairs(tmp_path / "pairs", range(1, 10)) / "rain-%d.png"
+    arguments = ["--save_path", checkpoint, "--device", "cpu", "--recurrent_iter", 1, "--codec", "ffv1"]
+    alone = run("test", "--test_data_path", pattern, *arguments, "--output_path", tmp_path / "alone")
+    assert alone.status == 0, alone
+    script = tmp_path / "telling.py"
+    script.write_text(TELLING.format(root=str(ROOT)))
+    arguments += ["--output_path", tmp_path / "both"]
+    out, err = finish(start(3, "--test_data_path", pattern, *arguments, script=script))
+    assert out.count("9 frames") == 1
+    assert all(f"process {rank} has a frame" in err for rank in range(3)) and err.count("has a frame") == 9
+    assert set(contents(tmp_path / "both")) == set(contents(tmp_path / "alone"))
+    videos = [frames_of(*(tmp_path / folder).glob("*.mkv")) for folder in ("alone", "both")]
+    assert np.array_equal(*videos) and len(videos[0]) == 9
 
 
 BROKEN = """

@@ -804,16 +804,17 @@ def derain(frame):
     return frame
 
 def main():
-    result = derain_video(Path(sys.argv[1]), Path(sys.argv[2]), derain, VideoOptions(sys.argv[4], overwrite=False))
+    options = VideoOptions(sys.argv[4], overwrite=False, at_once=int(sys.argv[5]))
+    result = derain_video(Path(sys.argv[1]), Path(sys.argv[2]), derain, options)
     sys.exit(result and result.stopped and 128 + result.stopped)
 
 run_script(main)
 """
 
 
-def child(source, folder, seconds=0.0, codec="h264"):
+def child(source, folder, seconds=0.0, codec="h264", at_once=0):
     """Derain a video in a process of its own, without the network; each frame takes so many seconds."""
-    command = [sys.executable, "-c", CHILD, str(source), str(folder), str(seconds), codec]
+    command = [sys.executable, "-c", CHILD, str(source), str(folder), str(seconds), codec, str(at_once)]
     # A job in the background would ignore Ctrl-C.
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -852,12 +853,12 @@ def moving(frames=60):
 
 
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_a_stopped_video_is_playable_and_gone_on_with(kept, tmp_path, name, status, suffix):
+@pytest.mark.parametrize("suffix, at_once", [("mp4", 0), ("mkv", 2)])
+def test_a_stopped_video_is_playable_and_gone_on_with(kept, tmp_path, name, status, suffix, at_once):
     base = BASE if suffix == "mp4" else MS
     source = make_clip(tmp_path / f"in/clip.{suffix}", moving(), base=base, setup=add_company)
     folder = tmp_path / "results"
-    process = child(source, folder, 0.05)
+    process = child(source, folder, 0.05 * max(at_once, 1), at_once=at_once)
     wait_for(lambda: packets_done(folder) > 0, process)
     time.sleep(0.5)
     process.send_signal(getattr(signal, name))
@@ -939,7 +940,8 @@ def test_stopped_before_the_first_frame_leaves_nothing(tmp_path):
     assert process.returncode == 143 and not folder.exists(), (out, err)
 
 
-def test_a_failing_network_leaves_what_is_done(kept, tmp_path):
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_a_failing_network_leaves_what_is_done(kept, tmp_path, at_once):
     """It may be for want of memory, hours after the start."""
     source = make_clip(tmp_path / "in/clip.mp4", moving(20))
     frames = itertools.count()
@@ -950,10 +952,28 @@ def test_a_failing_network_leaves_what_is_done(kept, tmp_path):
         return frame
 
     with pytest.raises(RunError, match="no room"):
-        kept(source, derain)
+        kept(source, derain, at_once=at_once)
     assert len(frames_of(tmp_path / "results/clip.mp4")) == 7
     output, result = kept(source, overwrite=False)
     assert len(result.rows) == 13 and len(frames_of(output)) == 20
+
+
+def test_frames_that_are_derained_at_once_stay_in_order(kept, tmp_path):
+    """Each takes less time than the one before, and three threads are at work."""
+    greys = range(20, 140, 10)
+    source = make_clip(tmp_path / "in/clip.mp4", [np.full((48, 64, 3), grey, np.uint8) for grey in greys])
+    busy, most = [], []
+
+    def derain(frame):
+        busy.append(frame)
+        most.append(len(busy))
+        time.sleep(0.05 / len(most))
+        busy.pop()
+        return 255 - frame
+
+    output, result = kept(source, derain, at_once=3)
+    assert max(most) == 3 and [row["frame"] for row in result.rows] == list(range(1, 13))
+    assert [frame.mean() for frame in frames_of(output)] == pytest.approx([255 - grey for grey in greys], abs=2)
 
 
 @pytest.mark.slow
