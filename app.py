@@ -58,7 +58,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--port", type=port_number, default=7860, metavar="N", help="0 takes any that is free (default: %(default)s)"
     )
-    add_network_options(parser)
+    add_network_options(parser, "real.pth")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument(
         "--max_memory", type=at_least(0, float), metavar="GIB",
@@ -172,9 +172,10 @@ class Desk:
 
     def __init__(self, args, folder):
         self.args, self.jobs, self.device = args, Jobs(folder), pick_device(args.device)
-        load_network(find_checkpoint(args.save_path), args.recurrent_iter, args.use_dilation)  # or say what is wrong
+        checkpoint = find_checkpoint(args.save_path, photographs=True)
+        load_network(checkpoint, args.recurrent_iter, args.use_dilation)  # or say what is wrong
         self.models = {path.stem: ["--save_path", str(path)] for path in sorted(BUNDLED.glob("*.pth"))}
-        checkpoint, self.default = find_checkpoint(args.save_path), model_name(args.save_path)
+        self.default = model_name(args.save_path, checkpoint)
         if checkpoint.resolve().parent != BUNDLED and self.default in self.models:
             self.default = str(checkpoint)  # as a run may be called as bundled weights are
         own = self.models[self.default] = ["--save_path", str(checkpoint)]
@@ -404,7 +405,10 @@ class Page:
                 progress((done, max(done, count) or None), desc="deraining", unit="frames")
 
             choice = Choice(model, precision, self_ensemble)
-            output, sentences = desk.video(request.session_hash, Path(clip), choice, report)
+            try:
+                output, sentences = desk.video(request.session_hash, Path(clip), choice, report)
+            except Cancelled:  # which may end the job before the page has let go of it
+                return gr.skip(), "Cancelled.", gr.skip()
             shown = str(output) if output.suffix == ".mp4" else None  # browsers play no .mkv
             return shown, sentences, gr.DownloadButton(value=str(output), interactive=True)
 

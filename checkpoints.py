@@ -351,12 +351,15 @@ def is_plain(value):
 # Networks
 
 
-def add_network_options(parser):
-    """Add the options that say which network to run: --save_path, --recurrent_iter, --use_dilation."""
+def add_network_options(parser, bundled="general.pth"):
+    """Add the options that say which network to run: --save_path, --recurrent_iter, --use_dilation.
+
+    ``bundled`` says which of the bundled weights are the default.
+    """
     parser.add_argument(
         "--save_path", type=Path, metavar="PATH",
         help=f"a checkpoint, or the folder of a training run, whose net_latest.pth is taken (default:"
-        f" {PUBLISHED_FOLDER} once a run has left weights there, the bundled general.pth until then)",
+        f" {PUBLISHED_FOLDER} once a run has left weights there, the bundled {bundled} until then)",
     )
     add_stage_options(parser)
 
@@ -372,16 +375,18 @@ def add_stage_options(parser):
     )
 
 
-def find_checkpoint(save_path=None):
+def find_checkpoint(save_path=None, photographs=False):
     """The checkpoint file that --save_path means.
 
     Args:
         save_path: a file, or the folder of a training run, whose net_latest.pth is taken. None takes the published
-            folder if a run has left weights there, and the bundled general weights otherwise.
+            folder if a run has left weights there, and bundled weights otherwise.
+        photographs: whether it is for real rain; the bundled weights are then those for photographs, else the general
+            ones.
     """
     if save_path is None:
         published = PUBLISHED_FOLDER / "net_latest.pth"
-        return published if published.exists() else BUNDLED / "general.pth"
+        return published if published.exists() else BUNDLED / ("real.pth" if photographs else "general.pth")
     save_path = Path(save_path)
     return save_path / "net_latest.pth" if save_path.is_dir() else save_path
 

@@ -1,6 +1,6 @@
 """What test.py leaves: the names of the results, the refusal to write over anything else, and the report.
 
-    python -c "from outputs import model_name; print(model_name(None))"
+    python -c "from outputs import model_name; print(model_name(None, 'weights/light.pth'))"
 
 Apart from test.py, which reads as the course of a picture from its file to its result. Here is what that file needs
 to be safe in a folder with files of other people: a result carries ``MARK``, by which a later run knows it.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoints import BUNDLED, find_checkpoint
+from checkpoints import BUNDLED
 from images import WRITTEN, content_of, read_metadata
 from metrics import METRICS
 from pairs import Pair
@@ -39,16 +39,16 @@ def default_output(args):
     source = Path(os.path.abspath(args.test_data_path))
     model = f"measured-{Path(os.path.abspath(args.results_path)).name}" if args.results_path else None
     name = clip_name(source) if source.is_file() or is_pattern(source) else source.name
-    return Path("results", name, model or model_name(args.save_path))
+    return Path("results", name, model or model_name(args.save_path, args.checkpoint))
 
 
-def model_name(save_path):
-    """The name of a checkpoint under results/.
+def model_name(save_path, checkpoint):
+    """The name of the ``checkpoint`` that ``save_path`` means, for its folder under results/.
 
     That is the name of its run's folder; FOLDER-STEM where --save_path is a file, as a run's folder has several; and
     STEM alone for the bundled weights.
     """
-    checkpoint = Path(os.path.abspath(find_checkpoint(save_path)))
+    checkpoint = Path(os.path.abspath(checkpoint))
     if checkpoint.resolve().parent == BUNDLED:
         return checkpoint.stem
     from_folder = save_path is None or save_path.is_dir()

@@ -50,7 +50,7 @@ NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file syst
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_network_options(parser)
+    add_network_options(parser, "general.pth, and where there are no clean images real.pth,")
     parser.add_argument(
         "--test_data_path", type=Path, nargs="+", default=[Path("datasets/test/Rain100H")], metavar="PATH",
         help="images, videos and folders of them; clean images beside the rainy ones are found"
@@ -119,9 +119,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.inputs = list(dict.fromkeys(args.test_data_path))
     args.test_data_path = common_path(args.inputs)
-    args.checkpoint = None if args.results_path else find_checkpoint(args.save_path)
-    args.output_path = args.output_path or default_output(args)
+    args.given_output = args.output_path
+    choose_weights(args, photographs=True)
     return args
+
+
+def choose_weights(args, photographs):
+    """Fill in what was not given: the weights, which are others for photographs, and the folder named after them."""
+    args.checkpoint = None if args.results_path else find_checkpoint(args.save_path, photographs)
+    args.output_path = args.given_output or default_output(args)
 
 
 def frame_range(text):
@@ -445,8 +451,15 @@ def refuse_to_overwrite(jobs, inputs, args):
 
 
 def plan(args):
-    """Which pictures and videos there are, and where each result goes: (``Inputs``, a ``Job`` for each picture)."""
+    """Which pictures and videos there are, the weights for them, and where each result goes.
+
+    Returns:
+        (``args`` after ``choose_weights``, ``Inputs``, a ``Job`` for each picture).
+    """
     inputs = find_results(args) if args.results_path else find_inputs(args)
+    choose_weights(args, photographs=not any(pair.clean for pair, *_ in inputs.pictures))
+    if args.checkpoint:
+        print(f"weights: {printable(args.checkpoint)}")
     for name in ("crf", "frames"):
         if getattr(args, name) is not None and not inputs.clips:
             raise InputError(f"--{name}: {args.test_data_path} is no video; expected a video as --test_data_path")
@@ -456,7 +469,7 @@ def plan(args):
         changed = [job for job in jobs if job.output.suffix == ".png" and content_of(job.pair.rainy) != "PNG"]
         if changed:
             print(f"--format same: as PNG {', '.join(printable(job.name) for job in changed)}")
-    return inputs, jobs
+    return args, inputs, jobs
 
 
 def main():
@@ -464,14 +477,12 @@ def main():
     check_options(args)
     rank, ranks = rank_of_run()
     device = pick_device(args.device)
-    if not args.results_path:
-        print(f"weights: {printable(args.checkpoint)}")
     with as_one_run(rank, ranks):
         # On the CPU, as they exchange files' names and frames. One may have a far larger image than the others.
         join_processes(torch.device("cpu"), timedelta(days=30))
 
         # 1. Plan: the first process looks at the folders, before any writes
-        inputs, jobs = from_first(lambda: plan(args))
+        args, inputs, jobs = from_first(lambda: plan(args))
 
         # 2. Derain and measure each
         runner = None if args.results_path else load_runner(args, device)

@@ -87,12 +87,12 @@ def refusal(path, read=load_weights):
 def test_bundled_weights_are_taken_until_a_run_has_left_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint() == BUNDLED / "general.pth" == ROOT / "weights/general.pth"
-    load_network(find_checkpoint())
+    assert find_checkpoint(photographs=True) == BUNDLED / "real.pth"
     PUBLISHED_FOLDER.mkdir(parents=True)
     (PUBLISHED_FOLDER / "args.json").write_text("{}")
     assert find_checkpoint() == BUNDLED / "general.pth", "the run has saved no weights yet"
     save_checkpoint(PUBLISHED_FOLDER / "net_latest.pth", good_state())
-    assert find_checkpoint() == PUBLISHED_FOLDER / "net_latest.pth"
+    assert find_checkpoint() == find_checkpoint(photographs=True) == PUBLISHED_FOLDER / "net_latest.pth"
 
 
 def test_folder_means_its_latest_weights(checkpoint):

@@ -81,19 +81,19 @@ def test_each_set_and_model_has_its_folder(run, checkpoint, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "clips")
     save_checkpoint(checkpoint.parent / "net_best.pth", load_network(checkpoint).state_dict())
     own = checkpoint.parent
-    general, light = BUNDLED / "general.pth", BUNDLED / "light.pth"
+    real, light = BUNDLED / "real.pth", BUNDLED / "light.pth"
     for source, model, used, folder in (
         (".", (own,), checkpoint, f"clips/{own.name}"),
         ("photo.png", (own,), checkpoint, f"photo/{own.name}"),
         ("../clips", (own / "net_best.pth",), own / "net_best.pth", f"clips/{own.name}-net_best"),
         ("../clips", (checkpoint,), checkpoint, f"clips/{own.name}-net_latest"),
         ("../clips", (light,), light, "clips/light"),
-        ("../clips", (), general, "clips/general"),
+        ("../clips", (), real, "clips/real"),
     ):
         arguments = ("--save_path", *model) if model else ()
         result = run("test", *arguments, "--test_data_path", source, "--device", "cpu")
         assert result.status == 0, result
-        assert result.out.splitlines()[0] == f"weights: {used}"
+        assert f"weights: {used}" in result.out.splitlines()[:2], "before the first image"
         assert f"1 images in results/{folder}" in result.out
         assert (tmp_path / "clips/results" / folder / "photo.png").exists()
 
@@ -115,8 +115,18 @@ def test_from_another_directory(shared, tmp_path):
     child = run_subprocess("test.py", "--test_data_path", "ref.png", "--device", "cpu", cwd=tmp_path)
     out, err = child.communicate(timeout=120)
     assert child.returncode == 0 and err == "", err
-    assert out.startswith(f"weights: {BUNDLED / 'general.pth'}\n")
-    assert (tmp_path / "results/ref/general/ref.png").exists()
+    assert out.startswith(f"weights: {BUNDLED / 'real.pth'}\n")
+    assert (tmp_path / "results/ref/real/ref.png").exists()
+
+
+@pytest.mark.parametrize("clean, weights", [(True, "general"), (False, "real")])
+def test_a_set_with_clean_images_gets_other_weights_than_photographs(run, tmp_path, monkeypatch, clean, weights):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rain-1", *["norain-1"] * clean):
+        save(tmp_path / f"set/{name}.png", photo(1, 16, 16))
+    result = run("test", "--test_data_path", "set", "--device", "cpu", "--recurrent_iter", 1)
+    assert result.status == 0 and f"weights: {BUNDLED / weights}.pth" in result.out, result
+    assert (tmp_path / f"results/set/{weights}/rain-1.png").exists()
 
 
 # Images with and without clean ones
