@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 
 from pairs import pair_size, read_pair, report_left_out
 from training_sets import PRENET_FILES, TrainingSet
-from utils import InputError, atomic_write, locked, progress, remove_leftovers, reserve
+from utils import InputError, atomic_write, counted, locked, progress, remove_leftovers, reserve
 
 # Packing
 
@@ -223,8 +223,8 @@ def open_patches(training_set, packed_dir, patch_size, stride, preprocess=False,
         if not cuts:
             raise InputError(f"--data_path {training_set.folder}: no image is as large as --patch_size {patch_size}")
         size = f"{packed_size(cuts, patch_size) / 1e6:.1f} MB"
-        kind = "images" if training_set.clean_only else "pairs"
-        print(f"{training_set.folder}: packing {len(cuts)} {kind} into {path}, {size} ({reason})", flush=True)
+        number = counted(len(cuts), "image" if training_set.clean_only else "pair")
+        print(f"{training_set.folder}: packing {number} into {path}, {size} ({reason})", flush=True)
         pack(cuts, path, patch_size, digest)
     return PackedPatches(path, training_set)
 
@@ -378,7 +378,8 @@ class PReNetPatches(HDF5Patches):
                 for index in (0, lengths[-1] - 1):
                     checked_array(file, str(index), self.shape, "f")
         if lengths[0] != lengths[1]:
-            raise InputError(f"{self.paths[0]} has {lengths[0]} patches but {self.paths[1].name} has {lengths[1]}")
+            number = counted(lengths[0], "patch")
+            raise InputError(f"{self.paths[0]} has {number} but {self.paths[1].name} has {lengths[1]}")
         self.length, self.patch_size = lengths[0], self.shape[1]
         self.content = " ".join(str(path.stat().st_size) for path in self.paths)  # a digest would take minutes
 

@@ -24,7 +24,10 @@ from inference import StripRunner, to_image, to_tensor
 from losses import LPIPSLoss, PerceptualContrastiveLoss
 from metrics import measure
 from pairs import find_pairs, hold_out, read_pair
-from utils import InputError, RunError, at_least, progress, run_script, write_text
+from utils import (
+    InputError, RunError, a_path, at_least, begins_with, check_file, check_folder, counted, progress, run_script,
+    write_text,
+)
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 RUNS = {
@@ -34,6 +37,7 @@ RUNS = {
     "pixel + PCL + LPISL": (0.4, 1.0),
     "pixel + PCL + LPISL, a quarter of their weights": (0.1, 0.25),
 }
+HEADING = "# Ablation of the semantic losses"  # by which a later run knows its table
 # Options of train.py that are set for each run, or would change which pairs it holds out.
 NOT_PASSED_ON = ("--save_path", "--exclude_test", "--clean_path", "--side_by_side")
 
@@ -44,21 +48,21 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--data_path", required=True, metavar="DIR", help="folder of pairs to train on and hold out from"
+        "--data_path", type=a_path(str), required=True, metavar="DIR",
+        help="folder of pairs to train on and hold out from"
     )
     parser.add_argument(
         "--val_pairs", type=at_least(1), default=20, metavar="N", help="hold out N backgrounds (default: 20)"
     )
     parser.add_argument("--max_steps", type=at_least(1), default=500, help="steps of each run (default: 500)")
     parser.add_argument("--epochs", type=at_least(1), default=100, help="at most so many (default: 100)")
-    parser.add_argument("--backbone_dir", metavar="DIR", help="folder of the backbones' weights")
+    parser.add_argument("--backbone_dir", type=a_path(str), metavar="DIR", help="folder of the backbones' weights")
     parser.add_argument(
-        "--logs", type=Path, default=Path("logs/ablation"), metavar="DIR",
+        "--logs", type=a_path(), default=Path("logs/ablation"), metavar="DIR",
         help="folder of the runs (default: logs/ablation)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("results/ablation.md"), metavar="FILE",
-        help="the table (default: results/ablation.md)",
+        "--output", type=a_path(), metavar="FILE", help="also write the table to this file, anew after each run"
     )
     args, passed_on = parser.parse_known_args(argv)
     for option in passed_on:
@@ -93,8 +97,9 @@ def evaluate(weights, pairs, lpips, pcl):
 def table_head(args, measured):
     """The lines above the rows of the table; ``measured`` is the number of pairs held out."""
     return [
-        "# Ablation of the semantic losses", "",
-        f"Equal seed and {args.max_steps} steps for all; measured on {measured} pairs of the training folder that no",
+        HEADING, "",
+        f"Equal seed and {counted(args.max_steps, 'step')} for all; measured on {counted(measured, 'pair')} of the"
+        " training folder that no",
         "run has seen. Lower is better for LPIPS (AlexNet) and PCL.", "",
         f"Command: `python ablation.py {shlex.join(sys.argv[1:])}`",
         f"(PyTorch {torch.__version__}, {torch.get_num_threads()} threads).", "",
@@ -104,6 +109,9 @@ def table_head(args, measured):
 
 def main():
     args, passed_on = parse_args()
+    check_folder("--logs", args.logs)
+    if args.output:
+        check_file("--output", args.output, begins_with(HEADING))
     held_out = hold_out(find_pairs(args.data_path).pairs, args.val_pairs)  # what train.py chooses from this folder too
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
     files = ["--backbone_dir", args.backbone_dir] if args.backbone_dir else []
@@ -117,12 +125,14 @@ def main():
         ]
         print(shlex.join(command[1:]), flush=True)
         if subprocess.run(command).returncode:
-            raise RunError(f"{name}: train.py failed; {args.output} has the runs before it")
+            raise RunError(f"{name}: train.py failed; the rows above are of the runs before it")
         scores = evaluate(folder / "net_latest.pth", held_out, lpips, pcl)
         figures = (f"{score:.{digits}f}" for score, digits in zip(scores, (3, 4, 4, 4)))
         lines.append(f"| {name} | " + " | ".join(figures) + " |")
         print(lines[-1], flush=True)
-        write_text(args.output, "\n".join(lines) + "\n")
+        if args.output:
+            write_text(args.output, "\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from test import (
     HALF_PRECISIONS, Saving, derain, describe_change, load_runner, parse_args as parse_test_args, plan_jobs, process,
     save, video_options,
 )
-from utils import InputError, RunError, at_least, natural_key, printable, run_script
+from utils import InputError, RunError, at_least, counted, natural_key, printable, run_script
 from video import derain_video, write_report
 from video_input import open_source
 
@@ -66,7 +66,7 @@ def parse_args(argv=None):
         " (default: 3/4 of what is free)",
     )
     parser.add_argument(
-        "--max_megapixels", type=at_least(0, float), default=25, metavar="N",
+        "--max_megapixels", type=at_least(0.001, float), default=25, metavar="N",
         help="largest picture, and frame of a video, that is taken (default: %(default)s)",
     )
     parser.add_argument(
@@ -247,7 +247,7 @@ class Desk:
                 count, context = source.count, source.stream.codec_context
                 self.check_size(path, context.width, context.height)
             if count > limit:
-                raise InputError(f"{path}: {count} frames; expected at most {limit} here")
+                raise InputError(f"{path}: {counted(count, 'frame')}; expected at most {limit} here")
             args = self.options(path, choice, work.folder)
             runner, shape, done = load_runner(args, self.device), None, 0
 
@@ -255,7 +255,7 @@ class Desk:
                 nonlocal shape, done
                 work.check()
                 if done >= limit:  # of a file that declares fewer frames than it has
-                    raise InputError(f"{path}: more than {limit} frames; expected at most that many here")
+                    raise InputError(f"{path}: more than {counted(limit, 'frame')}; expected at most that many here")
                 report(done, count)
                 derained, _ = derain(runner, frame, self.device)
                 shape, done = frame.shape, done + 1
@@ -265,7 +265,8 @@ class Desk:
                 result = derain_video(path, work.folder, derain_frame, video_options(args))
             average = write_report(result.output.with_suffix(".csv"), result.rows)
             sentences = [describe_job(choice, shape, None, time.perf_counter() - started, memory.peak)]
-            sentences += [f"{len(result.rows)} frames, {average['seconds']:.2f} s each", describe_change(average)]
+            number = counted(len(result.rows), "frame")
+            sentences += [f"{number}, {average['seconds']:.2f} s each", describe_change(average)]
             return result.output, "\n\n".join(filter(None, [*sentences, *result.faults]))
 
 
@@ -324,7 +325,7 @@ class Page:
             gr.Markdown(
                 "# SAPNet\nTakes the rain off pictures and videos. All of it is done on the machine that serves this"
                 f" page, one job at a time: up to {args.max_megapixels:g} megapixels, {args.max_upload} MiB a file and"
-                f" {args.max_frames} frames a video."
+                f" {counted(args.max_frames, 'frame')} a video."
             )
             with gr.Row():  # of columns, which go below one another where there is no room
                 with gr.Column(scale=2, min_width=300), gr.Row():

@@ -28,7 +28,7 @@ from muon import build_optimizers
 from networks import SAPNet
 from rain import TrainingRain
 from training_sets import find_training_sets
-from utils import InputError, add_flag, at_least, run_script, write_text
+from utils import InputError, a_path, add_flag, at_least, begins_with, check_file, counted, run_script, write_text
 
 PRECISIONS = {"fp32": torch.float32, **HALF_PRECISIONS}
 BATCH, PATCH, STRIDE = 12, 100, 80  # as published: patches a step, their side in px and the distance between them
@@ -36,6 +36,7 @@ CONVOLUTION_FLOPS = 2 * 6 * 168_480  # a pixel in six stages: what share of the 
 WARM_UP_ROWS = 321  # each network derains so many rows before it is timed, as kernels are compiled when first used
 WARM_UP_STEPS = 2  # training steps that are not timed, for the same reason
 LOADER_SECONDS = 10  # that a loader is timed for
+JSON_START = '{\n  "machine": {\n    "device"'  # of the file of --json, by which a later run knows it
 BASELINE_PIXELS = 3e6  # --baseline is left out for larger images: it would take minutes and tens of gigabytes
 
 
@@ -53,7 +54,7 @@ def image_size(text):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--baseline", metavar="FILE[:CLASS]",
+        "--baseline", type=a_path(str), metavar="FILE[:CLASS]",
         help="Python module with a network class to compare with, which is built without arguments (default of CLASS:"
         " the only class of the module whose name ends in Net)",
     )
@@ -65,7 +66,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--steps", type=at_least(0), default=6, help="timed training steps; 0 leaves them out (default: 6)"
     )
-    parser.add_argument("--data_path", metavar="DIR", help="also time packing this folder, and the loader on it")
+    parser.add_argument(
+        "--data_path", type=a_path(str), metavar="DIR",
+        help="also time packing this folder, and the loader on it",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add_flag(
         parser, "--engines", False,
@@ -75,7 +79,7 @@ def parse_args(argv=None):
         "--busy", type=at_least(0), nargs="*", default=[], metavar="N",
         help="with --engines: time them beside N processes that keep a core busy too",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--json", type=a_path(str), metavar="FILE", help="also write the rows to this file")
     return parser.parse_args(argv)
 
 
@@ -284,19 +288,19 @@ def bench_training(args, device):
 
 def bench_data(args):
     """Time packing --data_path and loading its patches; print the rows and return them."""
-    rows, (training_set,) = [], find_training_sets([args.data_path], None, prenet=False)
+    rows, (training_set,) = [], find_training_sets([args.data_path], None, prenet=False, ways_out=())
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         patches = open_patches(training_set, folder, PATCH, STRIDE, skip_small=True)
         seconds = time.perf_counter() - start
-        rows.append({"what": f"packing {len(patches.names)} pairs", "seconds": seconds})
+        rows.append({"what": f"packing {counted(len(patches.names), 'pair')}", "seconds": seconds})
         rows[-1]["megabytes"] = patches.paths[0].stat().st_size / 1e6
         report(rows[-1])
         for workers in sorted({1, 2, loader_processes()}):
             for rain in (None, TrainingRain(synth=1, preset="heavy")):
                 dataset = TrainingPatches([patches], rain=rain)
                 loader = DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), BATCH), num_workers=workers)
-                what = f"loader, {workers} workers{', drawn heavy rain' if rain else ''}"
+                what = f"loader, {counted(workers, 'worker')}{', drawn heavy rain' if rain else ''}"
                 rows.append({"what": what, **time_loader(loader)})
                 report(rows[-1])
     return rows
@@ -327,12 +331,14 @@ def report(row):
 
 def main():
     args = parse_args()
+    if args.json:
+        check_file("--json", args.json, begins_with(JSON_START))
     device = pick_device(args.device)
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
         cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-        processor = f"{cpu}, {CORES if args.engines else torch.get_num_threads()} threads"
+        processor = f"{cpu}, {counted(CORES if args.engines else torch.get_num_threads(), 'thread')}"
     machine = {"device": processor, "torch": torch.__version__, "python": platform.python_version()}
     if args.engines:
         machine |= check_packages()

@@ -22,7 +22,9 @@ import safetensors.torch
 import torch
 
 from networks import CRA, DILATIONS, RESIDUAL_CONVS, SAPNet
-from utils import InputError, add_flag, at_least, atomic_write, boolean, printable, run_script
+from utils import (
+    InputError, a_path, add_flag, at_least, atomic_write, boolean, check_file, counted, printable, run_script,
+)
 
 BUNDLED = Path(__file__).resolve().parent / "weights"  # found from any working directory
 PUBLISHED_FOLDER = Path("logs/SAPNet/Model11")  # where train.py leaves its weights by default
@@ -176,7 +178,7 @@ def listing(names, unit):
     """Say how many names there are and what the first are; some may be no strings, or very long."""
     names = list(names)
     first = [printable(name[:60]) if isinstance(name, str) else reprlib.repr(name) for name in names[:3]]
-    return f"{len(names)} {unit}{'s' * (len(names) != 1)} ({', '.join(first)}{', ...' * (len(names) > 3)})"
+    return f"{counted(len(names), unit)} ({', '.join(first)}{', ...' * (len(names) > 3)})"
 
 
 # Reading
@@ -357,7 +359,7 @@ def add_network_options(parser, bundled="general.pth"):
     ``bundled`` says which of the bundled weights are the default.
     """
     parser.add_argument(
-        "--save_path", type=Path, metavar="PATH",
+        "--save_path", type=a_path(), metavar="PATH",
         help=f"a checkpoint, or the folder of a training run, whose net_latest.pth is taken (default:"
         f" {PUBLISHED_FOLDER} once a run has left weights there, the bundled {bundled} until then)",
     )
@@ -470,8 +472,8 @@ def load_network(path, recurrent_iter=None, use_dilation=None):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="IN", help="a checkpoint, or the folder of a training run")
-    parser.add_argument("output", type=Path, metavar="OUT", help="the new file, which ends in .safetensors or .pth")
+    parser.add_argument("source", type=a_path(), metavar="IN", help="a checkpoint, or the folder of a training run")
+    parser.add_argument("output", type=a_path(), metavar="OUT", help="the new file, which ends in .safetensors or .pth")
     add_stage_options(parser)
     return parser.parse_args(argv)
 
@@ -482,6 +484,7 @@ def main():
         raise InputError(f"OUT {args.output}: expected a name that ends in .safetensors or .pth")
     if args.output.exists():
         raise InputError(f"OUT {args.output}: is there already; expected the name of a new file")
+    check_file("OUT", args.output, lambda path: False)
     net = load_network(args.source, args.recurrent_iter, args.use_dilation)
     stored = load_weights(find_checkpoint(args.source))  # as precise as they are, in the network's order
     weights, options = {name: stored[name] for name in net.state_dict()}, network_options(net)
@@ -489,7 +492,8 @@ def main():
         save_checkpoint(args.output, weights)
     else:
         save_safetensors(args.output, weights, options)
-    print(f"{args.output}: {len(weights)} tensors,", ", ".join(f"{name} {value}" for name, value in options.items()))
+    choices = ", ".join(f"{name} {value}" for name, value in options.items())
+    print(f"{args.output}: {counted(len(weights), 'tensor')}, {choices}")
     stages, dilated = options["recurrent_iter"], options["use_dilation"]
     published = stages == 6 and dilated == options["use_cra"]  # what load_network takes by itself
     if args.output.suffix == ".pth" and not published:

@@ -11,11 +11,11 @@ of the training batches and of the validation after each epoch, and the learning
 """
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 
-from utils import InputError, atomic_write, run_script
+from images import MARK, is_marked
+from utils import InputError, a_path, atomic_write, check_file, run_script
 
 LOG_FILE = "log.jsonl"
 
@@ -37,7 +37,7 @@ def read_log(path):
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected the folder of a training run, or a copy of its log") from None
     steps, epochs = {}, {}
     for number, line in enumerate(lines, 1):
@@ -92,15 +92,15 @@ def draw(steps, epochs, path):
     rate_axes.set(ylabel="learning rate (grey)", ylim=(0, None))
     axes.legend(loc="lower center")
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png", dpi=100, metadata={"Software": MARK})
     pyplot.close(figure)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help=f"a run's folder, or a copy of its {LOG_FILE}")
+    parser.add_argument("run", type=a_path(), metavar="RUN", help=f"a run's folder, or a copy of its {LOG_FILE}")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE",
+        "--output", type=a_path(), metavar="FILE",
         help="the PNG file to write (default: curve.png in the folder; NAME.png beside a log NAME.jsonl)",
     )
     return parser.parse_args(argv)
@@ -108,13 +108,16 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    if args.run.suffix == ".jsonl" and not args.run.is_dir():
+    if not args.run.exists():
+        raise InputError(f"{args.run}: no such file or folder; expected a training run's folder, or a copy of its log")
+    if args.run.is_file():
         log, output = args.run, args.output or args.run.with_suffix(".png")
     else:
         log, output = args.run / LOG_FILE, args.output or args.run / "curve.png"
     if output.suffix != ".png":
         raise InputError(f"--output {output}: expected a file name that ends in .png")
     steps, epochs = read_log(log)
+    check_file("--output", output, is_marked)
     draw(steps, epochs, output)
     print(f"{output}: written")
 

@@ -21,11 +21,13 @@ from annotations import find_labels, read_labels
 from comparison import class_colours, draw_boxes, draw_labels, tile_row
 from detectors import COCO, DETECTORS, FITS, SEGMENTERS, load_detector, load_segmenter
 from devices import pick_device
-from images import read_rgb, write_image
+from images import MARK, read_rgb, write_image
 from metadata import Metadata
-from outputs import MARK, check_outputs, name_outputs
+from outputs import check_outputs, name_outputs, without_overviews
 from pairs import Pair, find_pairs, match_results, read_pair, report_left_out
-from utils import InputError, RunError, add_flag, at_least, printable, progress, run_script, write_csv
+from utils import (
+    InputError, RunError, a_path, add_flag, at_least, check_folder, counted, printable, progress, run_script, write_csv,
+)
 
 AGREES, EXTRA, MISSED = (0, 158, 115), (213, 94, 0), (240, 228, 66)  # green, red, yellow, told apart by any eye
 FEW = 100  # objects, or images with --segmenter, under which the report warns
@@ -34,11 +36,11 @@ FEW = 100  # objects, or images with --segmenter, under which the report warns
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--test_data_path", type=Path, default=Path("datasets/test/Rain100H"), metavar="DIR",
+        "--test_data_path", type=a_path(), default=Path("datasets/test/Rain100H"), metavar="DIR",
         help="folder of rainy and clean images (default: %(default)s)",
     )
     parser.add_argument(
-        "--clean_path", type=Path, metavar="DIR",
+        "--clean_path", type=a_path(), metavar="DIR",
         help="folder of the clean images, where --test_data_path has the rainy ones and their place does not tell",
     )
     parser.add_argument(
@@ -46,18 +48,18 @@ def parse_args(argv=None):
         help="each picture holds a rainy and a clean image side by side; this half is the rainy one",
     )
     parser.add_argument(
-        "--results_path", type=Path, nargs="+", default=[], metavar="DIR",
+        "--results_path", type=a_path(), nargs="+", default=[], metavar="DIR",
         help="folders of derained images, one for each method; they are named as the rainy or the clean images",
     )
     parser.add_argument(
-        "--detector", metavar="NAME",
+        "--detector", type=a_path(str), metavar="NAME",
         help=f"finds the objects: an ONNX file, or of torchvision {', '.join(DETECTORS)}",
     )
     parser.add_argument(
         "--segmenter", metavar="NAME", help=f"labels the pixels: of torchvision {', '.join(SEGMENTERS)}"
     )
     parser.add_argument(
-        "--backbone_dir", type=Path, metavar="DIR",
+        "--backbone_dir", type=a_path(), metavar="DIR",
         help="folder with torchvision's weights of them (default: torchvision's cache, filled by download)",
     )
     parser.add_argument(
@@ -74,7 +76,7 @@ def parse_args(argv=None):
         help="the same for the boxes on the clean images (default: --confidence)",
     )
     parser.add_argument(
-        "--labels", type=Path, metavar="PATH",
+        "--labels", type=a_path(), metavar="PATH",
         help="boxes that people drew: a COCO file, or a folder of YOLO's text files (default: those that lie with the"
         " images, if there are any)",
     )
@@ -85,7 +87,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=at_least(0), default=0, help="of these samples (default: %(default)s)")
     add_flag(parser, "--comparison", True, "write a labelled panel for each image")
     parser.add_argument(
-        "--output_path", type=Path, metavar="DIR",
+        "--output_path", type=a_path(), metavar="DIR",
         help="folder of the tables, charts and panels (default: results/SET/detect-NAME, after --test_data_path and the"
         " networks)",
     )
@@ -110,6 +112,7 @@ def check_options(args):
     for name in ("confidence", "clean_confidence"):
         if getattr(args, name) > 1:
             raise InputError(f"--{name} {getattr(args, name):g}: expected 0 to 1")
+    check_folder("--output_path", args.output_path)
 
 
 # Pictures
@@ -145,12 +148,14 @@ def find_scenes(args):
     Returns:
         (list of ``Scene``, [(folder, paths of the rainy images that it has no result of)]).
     """
-    found = find_pairs(args.test_data_path, "--test_data_path", args.clean_path, args.side_by_side)
+    found = find_pairs(
+        args.test_data_path, "--test_data_path", args.clean_path, args.side_by_side, ways_out=("--clean_path",)
+    )
     report_left_out(args.test_data_path, found.alone + found.unused)
     columns, missing = [], []
     for folder in args.results_path:
         results, unused = match_results(found.pairs, folder)
-        report_left_out(folder, unused, "no image of the set by their names")
+        report_left_out(folder, without_overviews(folder, unused), "no image of the set by their names")
         columns.append(results)
         if lacking := [pair.rainy for pair, path in zip(found.pairs, results) if path is None]:
             missing.append((folder, lacking))
@@ -279,16 +284,22 @@ class Detection:
         rainy = [row for row in rows if row["pictures"] == "rainy"]
         objects, images = rainy[0]["objects"], len(self.counts["rainy"])
         names = [f"{row['class']} {row['objects']}" for row in rainy[1:] if row["objects"]]
-        classes = ", ".join(names[:8] + ([f"{len(names) - 8} more classes"] if len(names) > 8 else []))
+        classes = ", ".join(names[:8] + ([counted(len(names) - 8, "more class")] if len(names) > 8 else []))
         lines = [
-            f"{self.network.name}: {objects} objects on the {images} clean images, score {self.args.clean_confidence:g}"
-            f" or more{f': {classes}' if classes else ''}"
+            f"{self.network.name}: {counted(objects, 'object')} on the {counted(images, 'clean image')}, score"
+            f" {self.args.clean_confidence:g} or more{f': {classes}' if classes else ''}"
         ]
         if self.judged:
-            lines.append(f"labels of {len(self.objects)} images, {int(sum(map(np.sum, self.objects)))} objects")
+            labelled = counted(int(sum(map(np.sum, self.objects))), "object")
+            lines.append(f"labels of {counted(len(self.objects), 'image')}, {labelled}")
         if objects == 0:
             return [*lines, "nothing can be measured without objects: a lower --confidence finds more"]
-        return lines + ([f"{objects} objects are few: read the intervals before the figures"] if objects < FEW else [])
+        return lines + ([few(objects, "object")] if objects < FEW else [])
+
+
+def few(number, noun):
+    """The report's warning of so few objects or images."""
+    return f"{counted(number, noun)} {'is' if number == 1 else 'are'} few: read the intervals before the figures"
 
 
 def agreement_row(counts, samples):
@@ -389,8 +400,8 @@ class Segmentation:
         classes = [row for row in rows if row["pictures"] == "rainy" and row["class"] != "all"]
         classes.sort(key=lambda row: -row["pixels"])
         parts = ", ".join(f"{row['class']} {row['pixels'] / total:.1%}" for row in classes if row["pixels"])
-        lines = [f"{self.network.name}: {images} images; of the clean ones' pixels are {parts}"]
-        return lines + ([f"{images} images are few: read the intervals before the figures"] if images < FEW else [])
+        lines = [f"{self.network.name}: {counted(images, 'image')}; of the clean ones' pixels are {parts}"]
+        return lines + ([few(images, "image")] if images < FEW else [])
 
 
 # The report
@@ -457,7 +468,7 @@ def load_tasks(args, scenes, views):
                 names = ", ".join(f"{printable(name)} {number}" for name, number in unknown.items())
                 print(f"labels left out, as {network.name} does not have their classes: {names}")
             if without := sum(entry is None for entry in labels):
-                print(f"labels: none of {without} images, which do not count in the average precision")
+                print(f"labels: none of {counted(without, 'image')}, which do not count in the average precision")
         tasks.append(Detection(network, views, args, path is not None))
     if args.segmenter:
         tasks.append(Segmentation(load_segmenter(args.segmenter, args.backbone_dir, device), views, args))
@@ -512,7 +523,7 @@ def main():
     tasks, labels = load_tasks(args, scenes, views)
     failures = compare(scenes, labels, tasks, panels)
     if len(failures) == len(scenes):
-        raise RunError(f"none of {len(scenes)} images could be read, the first: {failures[0][1]}")
+        raise RunError(f"none of {counted(len(scenes), 'image')} could be read, the first: {failures[0][1]}")
 
     # 3. Measure
     for task in tasks:
@@ -524,17 +535,18 @@ def main():
         if charts:
             chart(args.output_path / f"{task.kind}.png", rows, task.shown, lines[0].partition(":")[0])
     if args.bootstrap:
-        print(f"in brackets: 95 % of {args.bootstrap} bootstrap samples of the images, seed {args.seed}")
+        print(f"in brackets: 95 % of {counted(args.bootstrap, 'bootstrap sample')} of the images, seed {args.seed}")
     print(f"report in {printable(args.output_path)}")
 
     # 4. What was not done
     if failures:
         names = ", ".join(name for name, _ in failures)
-        raise RunError(f"{len(failures)} of {len(scenes)} images could not be read: {names}")
+        raise RunError(f"{len(failures)} of {counted(len(scenes), 'image')} could not be read: {names}")
     if missing:
         folder, paths = missing[0]
         names = ", ".join(printable(path.name) for path in paths)
-        raise RunError(f"--results_path {folder}: no result of {len(paths)} images, which no view counts: {names}")
+        number = counted(len(paths), "image")
+        raise RunError(f"--results_path {folder}: no result of {number}, which no view counts: {names}")
 
 
 if __name__ == "__main__":

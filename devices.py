@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from utils import InputError, RunError, boolean
+from utils import InputError, RunError, boolean, counted
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = 7, 0  # the first compute capability that has them, and that torch.compile can write kernels for
@@ -99,7 +99,7 @@ def choose_speed(args, device, steps):
     torch.backends.cudnn.benchmark = device.type == "cuda"
     print(
         f"device {device}, mixed precision {args.amp}, compile {args.compile}, channels_last {args.channels_last},"
-        f" {args.num_workers} loader processes", flush=True,
+        f" {counted(args.num_workers, 'loader process')}", flush=True,
     )
 
 

@@ -18,11 +18,12 @@ from checkpoints import add_network_options, find_checkpoint, load_network
 from inference import to_tensor
 from metrics import psnr
 from rain import SAMPLE_PHOTOGRAPHS, add_rain, sample_photograph, streak_layer
-from utils import InputError, RunError, atomic_write, run_script
+from utils import InputError, RunError, a_path, atomic_write, check_file, counted, run_script
 
 OPSET = 18
 # The type of the weights and features, and the largest difference to PyTorch's float32 that is accepted.
 PRECISIONS = {"fp32": (torch.float32, 1e-4), "fp16": (torch.float16, 0.02)}
+METADATA = {"checkpoint", "recurrent_iter", "dilations"}  # what the file says of its network
 CHECKED_SHAPES = ((2, 33, 47), (1, 128, 96), (1, 7, 5))  # N, H, W: a batch, even sides, sides below the dilation
 
 
@@ -30,7 +31,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_network_options(parser)
     parser.add_argument(
-        "--output", type=Path, default=Path("sapnet.onnx"), metavar="FILE",
+        "--output", type=a_path(), default=Path("sapnet.onnx"), metavar="FILE",
         help="the file to write (default: %(default)s)",
     )
     parser.add_argument(
@@ -75,6 +76,16 @@ def write_onnx(net, path, dtype=torch.float32, **metadata):
     program.save(path, external_data=False)
 
 
+def is_export(path):
+    """Whether an ONNX file is one that ``main`` has written, by the metadata that it carries."""
+    import onnx_ir
+
+    try:
+        return METADATA <= onnx_ir.load(path).metadata_props.keys()
+    except Exception:  # a file of another kind can fail at any point of the decoder
+        return False
+
+
 def rainy_batch(count, height, width):
     """Corners of photographs under drawn rain: (count, 3, height, width) in [0, 1], the same in every run."""
     rng = np.random.default_rng(0)
@@ -116,10 +127,11 @@ def main():
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is missing; expected both of: pip install onnxscript onnxruntime") from None
+    check_file("--output", args.output, is_export)
     checkpoint = find_checkpoint(args.save_path)
     net = load_network(checkpoint, args.recurrent_iter, args.use_dilation)
     dtype, tolerance = PRECISIONS[args.precision]
-    print(f"exporting {checkpoint}: {net.recurrent_iter} stages, dilations {net.dilations}")
+    print(f"exporting {checkpoint}: {counted(net.recurrent_iter, 'stage')}, dilations {net.dilations}")
     with atomic_write(args.output) as temporary:
         write_onnx(
             net, temporary, dtype, checkpoint=checkpoint.name, recurrent_iter=str(net.recurrent_iter),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from metadata import BITS_PER_SAMPLE, ORIENTATION, Metadata, encode, metadata_of, read_exif, read_start
 from utils import InputError, atomic_write, natural_key
@@ -133,6 +133,10 @@ def open_image(path):
             yield image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected an image") from None
+    except UnidentifiedImageError:  # its text names the Python object of the open file
+        kind = content_of(path)
+        reason = f"damaged {kind}" if kind in IMAGE_FORMATS else "its content is that of no known format"
+        raise InputError(f"{path}: not a readable image ({reason})") from None
     except Exception as error:  # a damaged file can fail at any point of the decoders
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
@@ -304,7 +308,16 @@ WRITTEN = {  # suffix: format that ``write_image`` writes
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+MARK = "SAPNet"  # the software that a picture of this program names as its maker
 LARGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # px
+
+
+def is_marked(path):
+    """Whether a picture at a path names this program as its maker."""
+    try:
+        return path.suffix.lower() in WRITTEN and str(read_metadata(path).software).startswith(MARK)
+    except InputError:
+        return False
 
 
 def write_image(path, image, metadata=Metadata(), quality=95):
@@ -322,7 +335,7 @@ def write_image(path, image, metadata=Metadata(), quality=95):
     """
     kind = WRITTEN[path.suffix.lower()]
     if max(image.shape[:2]) > LARGEST_SIDE.get(kind, math.inf):
-        raise InputError(f"{path}: {kind} has at most {LARGEST_SIDE[kind]:,} px a side; expected --format png")
+        raise InputError(f"{path}: {kind} has at most {LARGEST_SIDE[kind]:,} px a side; expected PNG, which has more")
     data = encode(image, kind, metadata, quality)
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from images import NoImages, is_image, is_video
-from outputs import is_result
+from outputs import is_result, without_overviews
 from pairs import Pair, find_pairs, match_results, report_left_out
 from utils import InputError, natural_key, printable
 from video_input import is_pattern
@@ -91,7 +91,8 @@ def find_set(folder, earlier, args):
         names = ", ".join(printable(image.name) for image in alone)
         print(f"{printable(folder)}: {len(alone)} without a clean image, derained but not measured: {names}")
     elif alone:
-        print(f"{printable(folder)}: no clean images, so all {len(alone)} are derained but not measured")
+        which = "the one is" if len(alone) == 1 else f"all {len(alone)} are"
+        print(f"{printable(folder)}: no clean images, so {which} derained but not measured")
     pairs = [*found.pairs, *(Pair(image, None) for image in alone)]
     return sorted(pairs, key=lambda pair: natural_key(pair.rainy)), unused
 
@@ -164,7 +165,9 @@ def find_results(args):
     With --no_reference rainy images that have no clean one count too.
     """
     folder, from_folder = args.test_data_path, args.results_path
-    found = find_pairs(folder, "--test_data_path", args.clean_path, args.side_by_side, required=not args.no_reference)
+    found = find_pairs(
+        folder, "--test_data_path", args.clean_path, args.side_by_side, not args.no_reference, ("--clean_path",)
+    )
     pairs, left_out = found.pairs, found.alone + found.unused
     if args.no_reference:
         pairs, left_out = [*found.pairs, *(Pair(path, None) for path in found.alone)], found.unused
@@ -172,7 +175,7 @@ def find_results(args):
             print(f"{printable(folder)}: no clean images of {len(found.alone)}, so no PSNR and SSIM of these")
     results, unused = match_results(pairs, from_folder)
     report_left_out(folder, left_out)
-    report_left_out(from_folder, unused, "no image of the set by their names")
+    report_left_out(from_folder, without_overviews(from_folder, unused), "no image of the set by their names")
     matched = list(zip(pairs, results))
     missing = [pair.rainy for pair, result in matched if not result]
     return Inputs([(pair, Path(), result) for pair, result in matched if result], [], unused, [], missing)

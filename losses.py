@@ -9,7 +9,6 @@ torchvision and lpips are imported where a term needs them, as a run without the
 import sys
 import warnings
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import nn
 from backbones import load_published
 from networks import SEG_BACKBONES, UBS, ImageNetNormalise, fixed_seed
 from SSIM import ssim
-from utils import InputError, add_flag, at_least
+from utils import InputError, a_path, add_flag, at_least
 
 PIXEL_LOSSES = ("ssim", "mse", "mse+ssim")
 PSNR_FLOOR = 1e-5  # added to the MSE, so that patches of more than 50 dB have a small gradient
@@ -281,7 +280,7 @@ def add_loss_options(group):
     group.add_argument("--num_of_SegClass", type=at_least(2), default=21, metavar="N", help="classes of UBS")
     group.add_argument("--seg_backbone", choices=SEG_BACKBONES, default="resnet101", help="backbone of UBS")
     group.add_argument(
-        "--backbone_dir", type=Path, metavar="DIR",
+        "--backbone_dir", type=a_path(), metavar="DIR",
         help="folder with torchvision's weights of the backbones (default: torchvision's cache, filled by download)",
     )
     group.add_argument(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import counted, printable
+
 CHANNELS = 32
 DILATIONS = (1, 2, 4, 8, 16)
 GATES = ("i", "f", "g", "o")
@@ -78,6 +80,27 @@ def residual_branch(dilation, residual_conv="plain", use_cra=True):
     return nn.Sequential(*layers)
 
 
+def mismatch(net, state):
+    """Why a network does not take a state dict, as part of a sentence: what is missing, of another shape, or too much.
+
+    Args:
+        net: any network.
+        state: {name: tensor}.
+    """
+    wanted, reasons = net.state_dict(), []
+    missing = [name for name in wanted if name not in state]
+    added = [name for name in state if name not in wanted]
+    reshaped = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
+    if missing:
+        reasons.append(f"{len(missing)} of {counted(len(wanted), 'tensor')} missing, such as {missing[0]}")
+    if reshaped:
+        sizes = ("x".join(map(str, tensors[reshaped[0]].shape)) or "one number" for tensors in (state, wanted))
+        reasons.append("{} is {} instead of {}".format(reshaped[0], *sizes))
+    if added and not missing:
+        reasons.append(f"{printable(added[0][:60])} is not one of its tensors")
+    return " and ".join(reasons)
+
+
 class SAPNet(nn.Module):
     """Progressive dilated units (PDU) with shared weights, joined by a convolutional LSTM (paper, section 3.1).
 
@@ -120,9 +143,8 @@ class SAPNet(nn.Module):
         net = cls(recurrent_iter, use_cra if use_dilation is None else use_dilation, residual_conv, use_cra)
         try:
             net.load_state_dict(state)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip().rstrip(".")
-            raise ValueError(f"expected weights of SAPNet or PReNet ({first[:200]})") from None
+        except RuntimeError:
+            raise ValueError(f"expected weights of SAPNet or PReNet ({mismatch(net, state)})") from None
         return net
 
     def forward(self, rainy, return_stages=False):

@@ -3,7 +3,7 @@
     python -c "from outputs import model_name; print(model_name(None, 'weights/light.pth'))"
 
 Apart from test.py, which reads as the course of a picture from its file to its result. Here is what that file needs
-to be safe in a folder with files of other people: a result carries ``MARK``, by which a later run knows it.
+to be safe in a folder with files of other people: a result carries ``images.MARK``, by which a later run knows it.
 """
 import csv
 import os
@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from checkpoints import BUNDLED
-from images import WRITTEN, content_of, read_metadata
+from images import WRITTEN, content_of, is_marked
 from metrics import METRICS
 from pairs import Pair
-from utils import InputError, printable
+from utils import InputError, counted, printable
 from video_input import clip_name, is_pattern
 
-MARK = "SAPNet"  # the software that a result names as its maker
 COLUMNS = ("image", *METRICS, "seconds")  # of metrics.csv
 NO_REFERENCE = {  # metric of --no_reference: (its further columns in metrics.csv, what has no value)
     "NIQE": (("niqe_rainy", "niqe_derained"), "under 192x96 px, or without structure"),
@@ -28,6 +27,8 @@ NO_REFERENCE = {  # metric of --no_reference: (its further columns in metrics.cs
 }
 # How metrics.csv begins, a video's table, and those of detect.py.
 REPORTS = (",".join(COLUMNS), "frame,seconds,static,", "pictures,class,objects,", "pictures,class,pixels,")
+SHEET = "contact_sheet.jpg"
+OVERVIEWS = {SHEET, "detection.png", "segmentation.png"}  # pictures of ours that are no result of one picture
 EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # of the formats that can be written
 
 
@@ -95,21 +96,18 @@ class Job(NamedTuple):
 
 
 def is_result(path):
-    """Whether this program has written a file: a picture has ``MARK``, a table begins as ours, a video has a table."""
+    """Whether this program has written a file: a picture is marked, a table begins as ours, a video has a table."""
     if path.suffix.lower() in (".csv", ".mp4", ".mkv", ".mov"):
         try:
             with open(path.with_suffix(".csv"), encoding="utf-8", errors="replace") as file:
                 return file.read(100).startswith(REPORTS)
         except OSError:
             return False
-    try:
-        return path.suffix.lower() in WRITTEN and str(read_metadata(path).software).startswith(MARK)
-    except InputError:
-        return False
+    return is_marked(path)
 
 
 def listed_results(folder):
-    """The paths that the metrics.csv of a folder has a row for, in the names of results without ``MARK``.
+    """The paths that the metrics.csv of a folder has a row for, in the names of results without a mark.
 
     Such are those of earlier versions of this program, always PNG, their panels and the contact sheet.
     """
@@ -120,7 +118,15 @@ def listed_results(folder):
         names = [row["image"] for row in csv.DictReader(file) if row["image"]]
     stems = {stem for name in names for stem in (name.removesuffix(Path(name).suffix), name)}
     results = {f"{stem}.png" for stem in stems} | {str(Path("comparison", f"{stem}.jpg")) for stem in stems}
-    return results | ({"contact_sheet.jpg"} if any((folder / name).exists() for name in results) else set())
+    return results | ({SHEET} if any((folder / name).exists() for name in results) else set())
+
+
+def without_overviews(folder, paths):
+    """The paths of pictures in a folder of results, without this program's contact sheet and charts there."""
+    listed = listed_results(folder)
+    return [
+        path for path in paths if path.name not in OVERVIEWS or path.name not in listed and not is_result(path)
+    ]
 
 
 def check_outputs(paths, inputs, output_path, way_out=", or a --suffix for the names"):
@@ -202,6 +208,6 @@ def explain_no_reference(rows):
     lines = []
     for metric, (columns, reason) in NO_REFERENCE.items():
         without = [row["image"] for row in rows if not has_values(row, columns)]
-        line = f"{metric}: rainy -> derained, lower is better, over {len(rows) - len(without)} images"
+        line = f"{metric}: rainy -> derained, lower is better, over {counted(len(rows) - len(without), 'image')}"
         lines.append(line + (f"; none for {', '.join(without)} ({reason})" if without else ""))
     return lines

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from images import find_images, image_size, list_images, read_image, read_rgb, to_uint8
-from utils import InputError, natural_key, printable, progress, run_script
+from utils import InputError, a_path, counted, natural_key, printable, progress, run_script
 
 # Layouts: any rainy folder below goes with any clean folder, in any case of their names; "." is the data set's own.
 RAINY_FOLDERS = ("rainy", ".", "rainy_image", "input", "rain", "rain/x2", "lq", "data", "in")
@@ -203,7 +203,7 @@ def best_match(candidates):
     return best
 
 
-def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None, required=True):
+def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None, required=True, ways_out=()):
     """Find the image pairs of a data set from its folder (``RAINY_FOLDERS``, ``CLEAN_FOLDERS``, ``NAMES``).
 
     Args:
@@ -212,6 +212,7 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
         clean_folder: where the clean images are, if no layout finds them; ``folder`` then has the rainy ones.
         rainy_half: "left" or "right": where no layout fits, each image holds the rainy and the clean one side by side.
         required: whether there must be pairs. If not, a folder without any is real rain: all of it is ``alone``.
+        ways_out: which of "--clean_path" and "--rain_synth" the script has for this folder; an error advises these.
 
     Raises:
         InputError: no such folder; nothing to use in it; two files of one stem.
@@ -239,12 +240,13 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
         return Found([Pair(path, path, rainy_half) for path in paths], [], [])
     beside = clean_images_beside(folder)
     if required:
-        has_clean_path = option in ("--data_path", "--test_data_path")
-        hints = [f"--clean_path {beside} if the clean images are those"] if beside and has_clean_path else []
-        hints += ["--rain_synth for clean photographs alone"] if option == "--data_path" else []
+        hints = {"--rain_synth": "--rain_synth for clean photographs alone"}
+        if beside:
+            hints = {"--clean_path": f"--clean_path {beside} if the clean images are those"} | hints
+        advice = "".join(f"; or {hint}" for name, hint in hints.items() if name in ways_out)
         raise InputError(
             f"{option} {folder}: no rainy/clean pairs; expected for example rain-1.png beside norain-1.png, or input/"
-            " and target/ with equal names" + "".join(f"; or {hint}" for hint in hints)
+            f" and target/ with equal names{advice}"
         )
     if beside:
         print(printable(f"{folder}: no clean images by their names; --clean_path {beside} takes those there for them"))
@@ -410,7 +412,7 @@ def hold_out(pairs, count, backgrounds=None):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--check", nargs=2, type=Path, required=True, metavar=("TRAIN_DIR", "TEST_DIR"),
+        "--check", nargs=2, type=a_path(), required=True, metavar=("TRAIN_DIR", "TEST_DIR"),
         help="list the training pairs whose clean image is (nearly) a test background",
     )
     return parser.parse_args(argv)
@@ -424,7 +426,8 @@ def main():
         if partner:
             print(f"{pair.rainy.name}: {pair.clean.name} is {partner.clean.name} of {test_folder}")
     leaks = sum(partner is not None for partner in partners)
-    print(f"{leaks} of {len(pairs)} pairs show a background of {test_folder}")
+    show = "shows" if len(pairs) == 1 else "show"
+    print(f"{leaks} of {counted(len(pairs), 'pair')} {show} a background of {test_folder}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The preset real departs from it, as photographs do: its streaks are soft and a l
 """
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +17,7 @@ import skimage.data
 
 from images import find_images, read_rgb, write_image
 from pairs import find_pairs, read_pair, report_left_out
-from utils import InputError, at_least, progress, run_script
+from utils import InputError, a_path, at_least, check_folder, counted, progress, run_script
 
 
 @dataclass(frozen=True)
@@ -333,17 +332,18 @@ def read_streaks(pair, option):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--clean", required=True, metavar="DIR",
+        "--clean", type=a_path(str), required=True, metavar="DIR",
         help="folder of clean photographs, or scikit-image for the four it ships",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pairs, made if absent")
+    parser.add_argument("--out", type=a_path(), required=True, help="folder for the pairs, made if absent")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--preset", choices=PRESETS, nargs="+", default=["heavy"],
         help="rain to draw; with several, the versions of a photograph take turns (default: heavy)",
     )
     group.add_argument(
-        "--streaks", metavar="DIR", help="take the rain of these rainy/clean pairs at random instead of drawing it"
+        "--streaks", type=a_path(str), metavar="DIR",
+        help="take the rain of these rainy/clean pairs at random instead of drawing it",
     )
     parser.add_argument(
         "--per_image", type=at_least(1), default=1, help="rainy versions of each photograph (default: 1)"
@@ -367,7 +367,8 @@ def main():
     args = parse_args()
     bundled = args.clean == "scikit-image"
     photographs = SAMPLE_PHOTOGRAPHS if bundled else find_images(args.clean, "--clean")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    check_folder("--out", args.out)
+    if args.out.exists() and any(args.out.iterdir()):
         raise InputError(f"--out {args.out}: expected a new or an empty folder")
     pairs = []
     if args.streaks:
@@ -385,7 +386,7 @@ def main():
         rainy_path, clean_path = output_paths(args.out, args.layout, number)
         write_image(rainy_path, rainy)
         write_image(clean_path, clean)
-    print(f"{len(jobs)} pairs from {len(photographs)} photographs in {args.out}")
+    print(f"{counted(len(jobs), 'pair')} from {counted(len(photographs), 'photograph')} in {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,26 +2,28 @@
 
     python rain_stats.py --data_path datasets/test/RainSample --output results/RainSample/rain
 
-writes rain.md and rain.jpg to results/RainSample. For each data set, both presets of rain.py are drawn on its clean
-images. Given and drawn rain are measured alike: the streak layer S is extracted from the rainy image in both cases
-(rain.extract_streaks), as it is not exact where the image is white. The picture shows the statistics and drawn layers,
-but no image of the data sets.
+prints a table, and with --output writes it and a picture, here to rain.md and rain.jpg in results/RainSample. For each
+data set, both presets of rain.py are drawn on its clean images. Given and drawn rain are measured alike: the streak
+layer S is extracted from the rainy image in both cases (rain.extract_streaks), as it is not exact where the image is
+white. The picture shows the statistics and drawn layers, but no image of the data sets.
 """
 import argparse
 import shlex
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage.feature import structure_tensor
 
+from images import MARK, is_marked, write_image
+from metadata import Metadata
 from metrics import measure
 from pairs import find_pairs, read_clean, report_left_out
 from rain import EXACT, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
-from utils import at_least, atomic_write, progress, run_script, write_text
+from utils import a_path, at_least, begins_with, check_file, progress, run_script, write_text
 
+HEADING = "# Drawn rain against real rain"  # by which a later run knows its table
 COLUMNS = ("mean S", "std of S", "angle, degrees", "coherence", "PSNR-Y, dB", "SSIM-Y")
 REAL_COLOUR, DRAWN_COLOUR = (20, 60, 150), (225, 120, 20)
 WIDTH, CHART, MARGIN = 1200, 325, 60  # px
@@ -144,20 +146,25 @@ def draw_picture(sets, seed):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", nargs="+", required=True, metavar="DIR", help="folders of rainy/clean pairs")
+    parser.add_argument(
+        "--data_path", type=a_path(str), nargs="+", required=True, metavar="DIR", help="folders of rainy/clean pairs"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the drawn rain (default: 0)")
     parser.add_argument(
-        "--output", type=Path, default=Path("results/rain"), metavar="STEM",
-        help="where to write STEM.md and STEM.jpg (default: results/rain)",
+        "--output", type=a_path(), metavar="STEM", help="also write the table to STEM.md, and a picture to STEM.jpg"
     )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.output:
+        table, picture = (args.output.with_suffix(suffix) for suffix in (".md", ".jpg"))
+        check_file("--output", table, begins_with(HEADING))
+        check_file("--output", picture, is_marked)
     sets = {folder: describe_set(folder, args.seed) for folder in args.data_path}
     lines = [
-        "# Drawn rain against real rain", "",
+        HEADING, "",
         "Means over the images and, in brackets, the 10th and 90th percentile; of the angle from the vertical, the",
         "median of its amount. The presets were drawn on the clean images of each set.", "",
         f"Command: `python rain_stats.py {shlex.join(sys.argv[1:])}`", "",
@@ -165,10 +172,9 @@ def main():
     ]
     lines += [table_row(folder, name, rows) for folder, figures in sets.items() for name, rows in figures.items()]
     print(*lines[-3 * len(sets) - 2 :], sep="\n")
-    write_text(args.output.with_suffix(".md"), "\n".join(lines) + "\n")
-    ok, data = cv2.imencode(".jpg", draw_picture(sets, args.seed)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 65])
-    with atomic_write(args.output.with_suffix(".jpg")) as temporary:
-        temporary.write_bytes(data)
+    if args.output:
+        write_text(table, "\n".join(lines) + "\n")
+        write_image(picture, draw_picture(sets, args.seed), Metadata(software=MARK), quality=65)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from checkpoints import load_checkpoint, network_options, read_options, save_checkpoint, save_safetensors
 from muon import Muon
-from utils import InputError, RunError, locked, remove_leftovers, write_text
+from utils import InputError, RunError, begins_with, check_folder, counted, locked, remove_leftovers, write_text
 
 STATE_FILE, WEIGHTS_FILE, LOG_FILE = "train_state.pth", "net_latest.pth", "log.jsonl"
 SAFETENSORS_FILE = "net_latest.safetensors"
@@ -39,6 +39,7 @@ def hold_run(folder, resume):
     Raises:
         InputError: another process has it, there is a run that could be resumed, or none that can.
     """
+    check_folder("--save_path", folder)
     if resume and not folder.is_dir():
         raise InputError(f"--resume: no folder {folder}; expected that of a stopped run")
     with locked(folder / ".lock", f"--save_path {folder}"):
@@ -48,11 +49,24 @@ def hold_run(folder, resume):
             raise InputError(
                 f"--save_path {folder}: holds another run; give --resume to continue it, or another folder"
             )
+        if not resume:
+            refuse_other_files(folder)
         if resume and not found:
             if (folder / WEIGHTS_FILE).exists():  # never without the state in a run's own folder
                 raise InputError(f"--resume: {folder} has weights but no {STATE_FILE}; expected a stopped run's folder")
             print(f"{folder}: nothing was saved there yet; starting from the beginning")
         yield
+
+
+def refuse_other_files(folder):
+    """Refuse a folder in which a run would write over files that are of no run, before it has saved its state."""
+    taken = [WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else []  # never without the state in a run's own folder
+    taken += [
+        name for name in ("args.json", LOG_FILE)
+        if (folder / name).exists() and (folder / name).stat().st_size and not begins_with("{")(folder / name)
+    ]
+    if taken:
+        raise InputError(f"--save_path {folder}: {taken[0]} there is of no run of train.py; expected another folder")
 
 
 def write_arguments(args):
@@ -223,18 +237,21 @@ def changed_data(before, now):
     if before["seed"] != now["seed"]:
         return f"--seed {before['seed']} then, {now['seed']} now"
     if len(before["sources"]) != len(now["sources"]):
-        return f"--data_path with {len(before['sources'])} folders then, {len(now['sources'])} now"
+        return f"--data_path with {counted(len(before['sources']), 'folder')} then, {len(now['sources'])} now"
     for old, new in zip(before["sources"], now["sources"]):
         folder = new["folder"]
-        for name, words in (("size", "patches of {} px"), ("images", "{} images"), ("patches", "{} patches"),
-                            ("count", "counted {} times")):
+        for name, words, noun in (("size", "patches of {} px", None), ("images", "{}", "image"),
+                                  ("patches", "{}", "patch"), ("count", "counted {}", "time")):
             if old.get(name) != new.get(name):
-                return f"{folder}: {words.format(old.get(name))} then, {words.format(new.get(name))} now"
+                numbers = (counted(each.get(name), noun) if noun else each.get(name) for each in (old, new))
+                then, now = map(words.format, numbers)
+                return f"{folder}: {then} then, {now} now"
         if old["content"] != new["content"]:
             return f"{folder}: other images than then"
     if before["validation"] != now["validation"]:
         old, new = before["validation"], now["validation"]
-        return f"{old['pairs']} validation pairs then, {new['pairs']}{' others' * (old['pairs'] == new['pairs'])} now"
+        now = counted(new["pairs"], "other") if old["pairs"] == new["pairs"] else new["pairs"]
+        return f"{counted(old['pairs'], 'validation pair')} then, {now} now"
     return None
 
 
@@ -310,7 +327,7 @@ class RunState:
         changes = [
             f"{name} {horizon[name]} -> {value}" for name, value in self.horizon.items() if horizon[name] != value
         ]
-        print(f"going on after step {position.step}, {position.seen} patches", *changes, sep=", ")
+        print(f"going on after step {position.step}, {counted(position.seen, 'patch')}", *changes, sep=", ")
         return position
 
     def restore(self, state):

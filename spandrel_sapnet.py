@@ -73,7 +73,8 @@ class SAPNetArchitecture(spandrel.Architecture):
         weights = module("checkpoints").unwrap(state_dict)
         net = module("networks").SAPNet.from_state_dict(weights).eval()
         options = module("checkpoints").network_options(net)
-        tags = ["SAPNet" if options["use_cra"] else "PReNet", options["residual_conv"], f"{net.recurrent_iter} stages"]
+        stages = module("utils").counted(net.recurrent_iter, "stage")
+        tags = ["SAPNet" if options["use_cra"] else "PReNet", options["residual_conv"], stages]
         return spandrel.ImageModelDescriptor(
             net, weights, architecture=self, purpose="Restoration", tags=tags, supports_half=True,
             supports_bfloat16=True, scale=1, input_channels=3, output_channels=3,

@@ -29,17 +29,20 @@ from devices import (
     HALF_PRECISIONS, AmongProcesses, as_one_run, fast_precision, free_memory, from_first, join_processes,
     out_of_memory, pick_device, processes_here, rank_of_run, threads_beside, to_first,
 )
-from images import WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
+from images import MARK, WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
 from inference import SharedRunner, StripRunner, self_ensemble, to_image, to_tensor
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
 from metadata import Metadata
 from metrics import measure, measure_alone
 from outputs import (
-    COLUMNS, MARK, NO_REFERENCE, Job, average, check_outputs, default_output, describe, explain_no_reference,
+    COLUMNS, NO_REFERENCE, SHEET, Job, average, check_outputs, default_output, describe, explain_no_reference,
     extension, name_outputs,
 )
 from pairs import check_sizes, read_clean, read_rainy
-from utils import InputError, RunError, add_flag, ahead, at_least, printable, progress, run_script, write_csv
+from utils import (
+    InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable, progress,
+    run_script, write_csv,
+)
 from video import VideoOptions, derain_video, write_report
 from video_form import CODECS
 from video_input import clip_name, is_pattern
@@ -49,15 +52,15 @@ NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file syst
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_network_options(parser, "general.pth, and where there are no clean images real.pth,")
     parser.add_argument(
-        "--test_data_path", type=Path, nargs="+", default=[Path("datasets/test/Rain100H")], metavar="PATH",
+        "--test_data_path", type=a_path(), nargs="+", default=[Path("datasets/test/Rain100H")], metavar="PATH",
         help="images, videos and folders of them; clean images beside the rainy ones are found"
         " (default: datasets/test/Rain100H)",
     )
     parser.add_argument(
-        "--clean_path", type=Path, metavar="DIR",
+        "--clean_path", type=a_path(), metavar="DIR",
         help="folder of the clean images, where --test_data_path has the rainy ones and their place does not tell",
     )
     parser.add_argument(
@@ -66,12 +69,12 @@ def parse_args(argv=None):
     )
     add_flag(parser, "--recursive", False, "take the files of all folders below too; no clean images are looked for")
     parser.add_argument(
-        "--results_path", type=Path, metavar="DIR",
+        "--results_path", type=a_path(), metavar="DIR",
         help="measure the pictures of this folder, which another method made of those of --test_data_path; they are"
         " named as the rainy or the clean images",
     )
     parser.add_argument(
-        "--output_path", type=Path, metavar="DIR",
+        "--output_path", type=a_path(), metavar="DIR",
         help="folder of the derained images (default: results/SET/MODEL, after --test_data_path and --save_path)",
     )
     parser.add_argument(
@@ -96,7 +99,7 @@ def parse_args(argv=None):
         parser, "--no_reference", False,
         "measure NIQE and PIQE too, of the rainy and the derained image; they need no clean one",
     )
-    parser.add_argument("--codec", choices=tuple(CODECS), default="h264", help="of a video (default: %(default)s)")
+    parser.add_argument("--codec", choices=tuple(CODECS), help="of a video (default: h264)")
     parser.add_argument(
         "--crf", type=at_least(0), metavar="N",
         help="quality of a video, from 0, the best, to 51, with vp9 and av1 to 63 (default: 16, 18 with hevc, 20 with"
@@ -163,6 +166,7 @@ def check_options(args):
     for name in ("save_path", "recursive", "self_ensemble"):
         if args.results_path and getattr(args, name):
             raise InputError(f"--results_path measures pictures that are there; expected no --{name}")
+    check_folder("--output_path", args.output_path)
     if args.quality > 100:
         raise InputError(f"--quality {args.quality}: expected 1 to 100")
     if Path(args.suffix).name != args.suffix:
@@ -349,15 +353,15 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
             columns += sum((names for names, _ in NO_REFERENCE.values()), ())
         write_csv(args.output_path / "metrics.csv", columns, [*rows, average(rows)])
         print(describe(average(rows)))
-        print(f"{len(rows)} images in {printable(args.output_path)}")
+        print(f"{counted(len(rows), 'image')} in {printable(args.output_path)}")
         if args.no_reference:
             print("\n".join(explain_no_reference(rows)))
     if reduced:
         print(f"--format {args.format} has not kept the alpha or 16 bits of {len(reduced)}: {', '.join(reduced)}")
     if thumbnails:
-        sheet_path = args.output_path / "contact_sheet.jpg"
+        sheet_path, number = args.output_path / SHEET, counted(len(thumbnails), "image")
         save(sheet_path, contact_sheet(thumbnails), Metadata())
-        print(f"panels in {printable(args.output_path / 'comparison')}, {len(thumbnails)} images on {sheet_path.name}")
+        print(f"panels in {printable(args.output_path / 'comparison')}, {number} on {sheet_path.name}")
     return [(printable(jobs[number].name), reason) for number, _, _, reason in everyone if reason]
 
 
@@ -370,7 +374,7 @@ def video_options(args, at_once=0):
         "weights": zlib.crc32(args.checkpoint.read_bytes()), "recurrent_iter": args.recurrent_iter,
         "use_dilation": args.use_dilation, "precision": args.precision, "self_ensemble": args.self_ensemble,
     }
-    return VideoOptions(args.codec, args.crf, args.frames, args.overwrite, settings, at_once)
+    return VideoOptions(args.codec or "h264", args.crf, args.frames, args.overwrite, settings, at_once)
 
 
 def describe_change(average):
@@ -391,9 +395,12 @@ def derain_clip(derain_frame, args, at_once):
         return
     if result.rows:
         average = write_report(result.output.with_suffix(".csv"), result.rows)
-        print(f"{len(result.rows)} frames, {average['seconds']:.2f} s a frame, in {printable(result.output)}")
+        number = counted(len(result.rows), "frame")
+        print(f"{number}, {average['seconds']:.2f} s a frame, in {printable(result.output)}")
         if change := describe_change(average):
             print(change)
+    if args.frames and result.last < args.frames[1] and not result.stopped:
+        print(f"--frames {args.frames[0]}:{args.frames[1]}: {printable(source)} ends with frame {result.last}")
     if result.stopped:
         print(f"stopped after frame {result.last}; the same command with --overwrite False goes on from there")
         sys.exit(128 + result.stopped)
@@ -443,7 +450,7 @@ def refuse_to_overwrite(jobs, inputs, args):
     if not args.results_path:
         written += [job.output for job in jobs]
     if args.comparison and jobs:
-        written += [args.output_path / "contact_sheet.jpg", *(job.panel for job in jobs)]
+        written += [args.output_path / SHEET, *(job.panel for job in jobs)]
     # A video's own name follows from its streams, so derain_video looks at it.
     written += [args.output_path / below / f"{clip_name(path)}.csv" for path, below in inputs.clips]
     read = [*paths_of(job.pair for job in jobs), *inputs.unused, *(path for path, _ in inputs.clips)]
@@ -460,7 +467,7 @@ def plan(args):
     choose_weights(args, photographs=not any(pair.clean for pair, *_ in inputs.pictures))
     if args.checkpoint:
         print(f"weights: {printable(args.checkpoint)}")
-    for name in ("crf", "frames"):
+    for name in ("codec", "crf", "frames"):
         if getattr(args, name) is not None and not inputs.clips:
             raise InputError(f"--{name}: {args.test_data_path} is no video; expected a video as --test_data_path")
     jobs = plan_jobs(inputs.pictures, args)
@@ -499,7 +506,8 @@ def report_left_over(args, inputs, total, failures):
         print(f"not processed: {names}")
     if inputs.missing:
         names = ", ".join(printable(path.name) for path in inputs.missing)
-        raise RunError(f"--results_path {args.results_path}: no result of {len(inputs.missing)} images: {names}")
+        number = counted(len(inputs.missing), "image")
+        raise RunError(f"--results_path {args.results_path}: no result of {number}: {names}")
     if failures and total == 1:
         raise RunError(failures[0][1])
     if failures:

@@ -30,18 +30,20 @@ from inference import SharedRunner, StripRunner, to_image, to_tensor
 from losses import add_loss_options, batch_psnr, build_criterion
 from metrics import METRICS, measure
 from muon import build_optimizers
-from networks import RESIDUAL_CONVS, SAPNet
+from networks import RESIDUAL_CONVS, SAPNet, mismatch
 from pairs import read_pair
 from rain import TrainingRain, add_rain_options, check_rain_options
 from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_arguments
 from training_sets import (
     add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation,
 )
-from utils import InputError, add_flag, ahead, at_least, progress, run_script
+from utils import (
+    InputError, Parser, a_path, add_flag, ahead, at_least, check_folder, counted, progress, run_script,
+)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     group = parser.add_argument_group("data")
     add_data_options(group)
@@ -86,12 +88,12 @@ def parse_args(argv=None):
         help="stop after step N as Ctrl-C does: the schedule stays, and --resume goes on",
     )
     add_flag(group, "--use_stage1", True, "train; False only validates and saves the model")
-    group.add_argument("--init_weights", metavar="FILE", help="start from these weights")
+    group.add_argument("--init_weights", type=a_path(str), metavar="FILE", help="start from these weights")
     group.add_argument("--seed", type=at_least(0), default=0, help="of initialisation, shuffling and augmentation")
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--save_path", type=Path, default=Path("logs/SAPNet/Model11"), metavar="DIR",
+        "--save_path", type=a_path(), default=Path("logs/SAPNet/Model11"), metavar="DIR",
         help="folder of the run's files",
     )
     group.add_argument(
@@ -155,7 +157,7 @@ def load_data(args, device, rank, ranks):
     sources = [open_patches(training_set, *packing) for training_set in sets]
     dataset = TrainingPatches(sources, args.augment, args.seed, rain)
     if len(dataset) < ranks:
-        raise InputError(f"--data_path: {len(dataset)} patches are not enough for {ranks} processes")
+        raise InputError(f"--data_path: {counted(len(dataset), 'patch')}; expected one for each of {ranks} processes")
     loader = DataLoader(
         dataset, batch_sampler=ShuffledBatches(len(dataset), args.batch_size, args.seed, rank, ranks),
         num_workers=args.num_workers, pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
@@ -171,10 +173,11 @@ def build_network(args, device, weights):
     """A network with fresh weights, or those of the checkpoint ``weights``."""
     net = SAPNet(args.recurrent_iter, args.use_dilation, args.residual_conv, args.use_cra).to(device)
     if weights:
+        state = load_weights(weights)
         try:
-            net.load_state_dict(load_weights(weights))
+            net.load_state_dict(state)
         except RuntimeError:
-            raise InputError(f"--init_weights {weights}: of another network than the options ask for") from None
+            raise InputError(f"--init_weights {weights}: {mismatch(net, state)}, for the network options") from None
     return net.to(memory_format=torch.channels_last) if args.channels_last else net
 
 
@@ -291,7 +294,8 @@ def train(args, device, rank, ranks):
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     epoch_patches = len(batches) * batches.batch_size
-    print(f"{len(dataset)} patches, {len(batches)} steps an epoch, {len(val_pairs)} validation pairs", flush=True)
+    steps, pairs = counted(len(batches), "step"), counted(len(val_pairs), "validation pair")
+    print(f"{counted(len(dataset), 'patch')}, {steps} an epoch, {pairs}", flush=True)
     if args.use_stage1 and share_done(args, position, epoch_patches) >= 1:
         if rank == 0:  # the run was killed, perhaps, before it could write these
             state.save_weights(args.save_path)
@@ -379,6 +383,7 @@ def main():
     args = parse_args()
     # Pages of 2 MiB (Linux), before PyTorch takes any memory: on two cores a step then takes 25 to 40 % less time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    check_folder("--packed_dir", args.packed_dir)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     rank, ranks = rank_of_run()

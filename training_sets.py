@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pairs import Backgrounds, Pair, find_pairs, hold_out, read_pair, report_left_out
-from utils import InputError, add_flag, at_least
+from utils import InputError, a_path, add_flag, at_least, counted
 
 PRENET_FILES = ("train_input.h5", "train_target.h5")  # the patches that PReNet's code packs
 DATA_HINT = (
@@ -42,7 +42,7 @@ class TrainingSet:
         shared = [pair for pair, partner in zip(self.pairs, partners) if partner]
         if shared and len(shared) == len(self.pairs):
             raise InputError(
-                f"--data_path {self.folder}: {len(shared)} pairs, all of which show a {reason};"
+                f"--data_path {self.folder}: {counted(len(shared), 'pair')}, all of which show a {reason};"
                 " none is left to train on"
             )
         self.pairs = [pair for pair, partner in zip(self.pairs, partners) if not partner]
@@ -64,7 +64,9 @@ def counted_folder(text):
     return Path(folder), int(count)
 
 
-def find_training_sets(data_paths, clean_paths, rainy_half=None, photographs=False, prenet=True):
+def find_training_sets(
+    data_paths, clean_paths, rainy_half=None, photographs=False, prenet=True, ways_out=("--clean_path", "--rain_synth")
+):
     """The ``TrainingSet``s of --data_path.
 
     Args:
@@ -73,6 +75,7 @@ def find_training_sets(data_paths, clean_paths, rainy_half=None, photographs=Fal
         rainy_half: as for ``pairs.find_pairs``.
         photographs: take a folder without pairs as clean photographs to put rain on.
         prenet: take PReNet's packed patches where a folder has them.
+        ways_out: as for ``pairs.find_pairs``.
 
     Raises:
         InputError: a folder is missing, or there is nothing to train on in it.
@@ -86,12 +89,13 @@ def find_training_sets(data_paths, clean_paths, rainy_half=None, photographs=Fal
             print(f"{folder}: using PReNet's {' and '.join(PRENET_FILES)} (--preprocess packs its images instead)")
             sets.append(TrainingSet(folder, count))
             continue
-        found = find_pairs(folder, "--data_path", clean_path, rainy_half, required=not photographs)
+        found = find_pairs(folder, "--data_path", clean_path, rainy_half, not photographs, ways_out)
         if found.pairs:
             report_left_out(folder, [*found.alone, *found.unused])
             sets.append(TrainingSet(folder, count, found.pairs))
         else:
-            print(f"{folder}: {len(found.alone)} images without pairs, taken as clean photographs to put rain on")
+            number = counted(len(found.alone), "image")
+            print(f"{folder}: {number} without pairs, taken as clean photographs to put rain on")
             sets.append(TrainingSet(folder, count, [Pair(path, path) for path in found.alone], clean_only=True))
     return sets
 
@@ -162,11 +166,11 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test):
 def add_data_options(group):
     """Add train.py's options of the data, but for those of new rain."""
     group.add_argument(
-        "--data_path", nargs="+", default=["datasets/train/RainTrainH"], metavar="DIR[:N]",
+        "--data_path", type=a_path(str), nargs="+", default=["datasets/train/RainTrainH"], metavar="DIR[:N]",
         help="folders of rainy/clean pairs; DIR:40 counts 40 times",
     )
     group.add_argument(
-        "--clean_path", nargs="+", default=[], metavar="DIR",
+        "--clean_path", type=a_path(str), nargs="+", default=[], metavar="DIR",
         help="folders of the clean images, one for each --data_path, where its layout is not found from the names",
     )
     group.add_argument(
@@ -174,12 +178,15 @@ def add_data_options(group):
         help="pictures that hold both images, in folders where no layout fits: which half is the rainy one",
     )
     add_flag(group, "--preprocess", False, "pack the images again even if the packed file is up to date")
-    group.add_argument("--packed_dir", default="datasets/packed", metavar="DIR", help="folder of the packed HDF5 files")
+    group.add_argument(
+        "--packed_dir", type=a_path(str), default="datasets/packed", metavar="DIR",
+        help="folder of the packed HDF5 files",
+    )
     group.add_argument("--patch_size", type=at_least(11), default=100, help="side of the training patches, px")
     group.add_argument("--stride", type=at_least(1), default=80, help="distance between patches, px")
     add_flag(group, "--skip_small", False, "leave out images that are smaller than a patch")
     group.add_argument(
-        "--exclude_test", nargs="+", default=[], metavar="DIR",
+        "--exclude_test", type=a_path(str), nargs="+", default=[], metavar="DIR",
         help="leave out pairs that show a background of these test sets",
     )
     add_flag(group, "--augment", True, "mirror half of the patches")
@@ -188,7 +195,7 @@ def add_data_options(group):
         help="loader processes; 0 loads in the main one (default: one for each core that the process has, up to 16)",
     )
     group.add_argument(
-        "--val_path", metavar="DIR",
+        "--val_path", type=a_path(str), metavar="DIR",
         help="folder of pairs to validate on after each epoch; what shows a background of theirs is not trained on",
     )
     group.add_argument(

@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -44,6 +45,7 @@ def run_script(main):
     try:
         main()
     except InputError as error:
+        let_first_speak()
         sys.exit(fail(error, 2))
     except (RunError, OSError) as error:
         sys.exit(fail(error, 1))
@@ -56,6 +58,24 @@ def fail(error, status):
     text = str(error).strip().rpartition("utils.InputError: ")[2]
     print(f"{Path(sys.argv[0]).name}: error: {printable(text)}", file=sys.stderr)
     return status
+
+
+def let_first_speak():
+    """In all processes of torchrun but the first: wait, so that bad input which all of them find is told of once.
+
+    torchrun ends this process as soon as the first has failed. If it does not, the input is bad for this one alone.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run may have set a handler that does not end it
+        time.sleep(10)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` for scripts that torchrun may start several times."""
+
+    def error(self, message):
+        let_first_speak()
+        super().error(message)
 
 
 def boolean(text):
@@ -87,7 +107,61 @@ def at_least(minimum, kind=int):
     return parse
 
 
+def a_path(kind=Path):
+    """``argparse`` type for a path, returned as ``kind``. An empty one is refused: it would be the current folder."""
+
+    def parse(text):
+        if not text:
+            raise argparse.ArgumentTypeError("expected a path, got an empty text")
+        return kind(text)
+
+    return parse
+
+
+def check_folder(option, folder):
+    """Refuse a folder to write into that cannot be made, as a file is in its place or in that of one above it."""
+    whole = Path(folder).absolute()
+    taken = next(place for place in (whole, *whole.parents) if os.path.exists(place))
+    if not taken.is_dir():
+        raise InputError(f"{option} {folder}: {taken} is a file; expected a folder, there or to be made")
+
+
+def check_file(option, path, is_ours):
+    """Refuse a file to write whose folder cannot be made, or that is there already and not of this program.
+
+    Args:
+        option: the option that the path comes from, which an error names.
+        path: of the file.
+        is_ours: function of the path that says whether an earlier run has written the file that is there.
+    """
+    check_folder(option, Path(path).parent)
+    if os.path.isdir(path):
+        raise InputError(f"{option} {path}: is a folder; expected the name of a file")
+    if os.path.lexists(path) and not is_ours(path):
+        raise InputError(
+            f"{option} {path}: would be overwritten, which this script has not written; expected another name"
+        )
+
+
+def begins_with(*texts):
+    """A function for ``check_file``: whether the file at a path begins with one of the texts."""
+
+    def is_ours(path):
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return file.read(max(map(len, texts))).startswith(texts)
+        except OSError:
+            return False
+
+    return is_ours
+
+
 # Files
+
+
+def counted(number, noun):
+    """A number and what it counts: "1 patch", "2 patches"."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("ch", "s", "x")) else "s")
 
 
 def natural_key(path):

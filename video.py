@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from images import to_uint8
-from utils import InputError, RunError, ahead, locked, printable, progress, write_csv
+from utils import InputError, RunError, ahead, counted, locked, printable, progress, write_csv
 from video_form import CODECS, choose_form, describe_form
 from video_input import Shot, clip_name, open_source
 from video_output import SUFFIXES, VideoWriter, beside, choose_container, describe_stream, read_mark
@@ -353,7 +353,7 @@ def run(writer, shots, deraining, signals):
     if complete and not writer.times:
         raise InputError(f"--frames {first}:{writer.last}: no such frames, or none that can be read")
     lost = deraining.lost
-    faults = [f"{len(lost)} frames could not be read, the first of them number {lost[0]}"] if lost else []
+    faults = [f"{counted(len(lost), 'frame')} could not be read, the first of them number {lost[0]}"] if lost else []
     if complete:
         faults += source.faults
     rows = [*read_report(output.with_suffix(".csv"), first, before), *deraining.rows]

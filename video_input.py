@@ -19,7 +19,7 @@ from av.format import Flags as FormatFlags
 from av.stream import Discard, Disposition
 
 from images import image_size, read_image
-from utils import InputError, natural_key, printable
+from utils import InputError, counted, natural_key, printable
 
 # What is read. FFmpeg knows more, among them playlists, which name other files, and text, which it draws.
 DEMUXERS = (
@@ -217,11 +217,12 @@ class VideoFile:
             seen: number of packets of the video stream; ``damaged``: number of pictures with damage.
             reached: time in seconds at which the last packet of any stream ends.
         """
-        faults = [f"{damaged} frames are damaged, and were taken as the decoder mended them"] if damaged else []
+        number = counted(damaged, "damaged frame")
+        faults = [f"{number}, taken as mended by the decoder"] if damaged else []
         declared = Fraction(self.container.duration or 0, av.time_base)
         missing = self.stream.frames - seen
         if missing > (0 if "mp4" in self.container.format.name else self.rate):
-            faults.append(f"the file ends early: {missing} of {self.stream.frames} frames are missing")
+            faults.append(f"the file ends early, without {missing} of {counted(self.stream.frames, 'frame')}")
         elif "matroska" in self.container.format.name and declared - reached > Fraction(1, 2):
             faults.append(f"the file ends early: after {float(reached):.1f} of {float(declared):.1f} s")
         elif self.complaints:

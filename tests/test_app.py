@@ -56,6 +56,7 @@ PATIENCE = 60  # seconds
         (("--port", "many"), ["--port", "'many'", "0 to 65535"]),
         (("--port", 65536), ["--port", "65536"]),
         (("--save_path", "nowhere.pth"), ["nowhere.pth", "no such file"]),
+        (("--max_megapixels", 0), ["--max_megapixels", "or more, got 0"]),
         (("--device", "abacus"), ["--device abacus"]),
         (("--host", "192.0.2.1"), ["--host 192.0.2.1"]),  # reserved for documents, so of no machine
     ],

@@ -1,4 +1,6 @@
 """Bad input: one sentence that names the culprit, a non-zero exit, and nothing lost or half written."""
+import argparse
+import importlib
 import shutil
 
 import cv2
@@ -9,12 +11,12 @@ import torch
 
 import train
 from conftest import ROOT, contents, make_pairs, photo, run_subprocess, save
-from images import write_image
+from images import MARK, write_image
 from metadata import Metadata
 from networks import SAPNet
-from outputs import MARK
 from test_data import write_prenet
 from test_train import options, tiny
+from utils import counted
 
 
 def everything(folder):
@@ -54,6 +56,10 @@ def args_of_check(folder, tmp_path):
     return "pairs", "--check", folder, folder
 
 
+OTHERS_OF_TRAIN = (  # all but folders to write into
+    "--data_path", "pairs", "--patch_size", 16, "--use_contrast", False, "--use_lpips", False,
+    "--use_seg_stage1", False,
+)
 SCRIPTS = {"train": args_of_train, "test": args_of_test, "rain": args_of_rain, "pairs": args_of_check}
 
 
@@ -243,13 +249,124 @@ def test_bad_prenet_files_are_named(refused_untouched, tmp_path, fault):
 
 def test_output_path_is_a_file(refused_untouched, checkpoint, pairs_dir, tmp_path):
     (tmp_path / "results").write_text("mine")
-    refused_untouched(*args_of_test(pairs_dir, tmp_path), status=1, names=[tmp_path / "results"])
+    refused_untouched(*args_of_test(pairs_dir, tmp_path), names=[tmp_path / "results"])
 
 
-def test_save_path_is_a_file(refused, pairs_dir, tmp_path):
-    (tmp_path / "run").write_text("mine")
-    refused(*args_of_train(pairs_dir, tmp_path), status=1, names=[tmp_path / "run"])
-    assert (tmp_path / "run").read_text() == "mine"
+FOLDERS = {  # script: (an option that names a folder to write into, what else the script needs)
+    "test": ("--output_path", "--save_path", "model", "--test_data_path", "pairs"),
+    "train": ("--save_path", *OTHERS_OF_TRAIN, "--packed_dir", "packed"),
+    "train, packed": ("--packed_dir", *OTHERS_OF_TRAIN, "--save_path", "run"),
+    "rain": ("--out", "--clean", "pairs"),
+    "detect": ("--output_path", "--test_data_path", "pairs", "--segmenter", "lraspp_mobilenet_v3_large"),
+    "ablation": ("--logs", "--data_path", "pairs"),
+    "curve": ("--output", "log.jsonl"),
+    "export": ("--output", "--save_path", "model"),
+    "rain_stats": ("--output", "--data_path", "pairs"),
+    "bench": ("--json", "--sizes", "8x8", "--steps", 0),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+@pytest.mark.parametrize("place", ["mine", "mine/below/it"])
+def test_a_file_where_a_folder_is_to_be(refused_untouched, checkpoint, pairs_dir, tmp_path, monkeypatch, case, place):
+    """Both in its own place and in that of a folder above it; for a file to be written, in that of its folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "psnr": 20, "learning_rate": 1}\n')
+    option, *others = FOLDERS[case]
+    script = case.partition(",")[0]
+    endings = {"curve": "/a.png", "export": "/a.onnx", "rain_stats": "/a", "bench": "/a.json"}
+    refused_untouched(
+        script, *others, option, place + endings.get(script, ""), names=[f"{option} {place}", "is a file", "a folder"]
+    )
+
+
+# Files of the user
+
+
+def text_file(path):
+    path.write_text("mine")
+
+
+def photograph(path):
+    save(path, photo(1))
+
+
+FILES = {  # script: (the arguments, of which the last names a file, and the name of the file that it would write)
+    "curve": (("log.jsonl", "--output", "a.png"), "a.png"),
+    "curve, unasked": (("log.jsonl",), "log.png"),
+    "export": (("--save_path", "model", "--output", "a.onnx"), "a.onnx"),
+    "rain_stats": (("--data_path", "pairs", "--output", "a"), "a.md"),
+    "rain_stats, picture": (("--data_path", "pairs", "--output", "a"), "a.jpg"),
+    "ablation": (("--data_path", "pairs", "--output", "a.md"), "a.md"),
+    "bench": (("--sizes", "8x8", "--steps", 0, "--json", "a.json"), "a.json"),
+    "checkpoints": (("model", "a.pth"), "a.pth"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_of_the_user_is_not_overwritten(refused_untouched, checkpoint, pairs_dir, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "psnr": 20, "learning_rate": 1}\n')
+    arguments, name = FILES[case]
+    (photograph if name.endswith(("png", "jpg")) else text_file)(tmp_path / name)
+    refused_untouched(case.partition(",")[0], *arguments, names=[name, "expected"])
+
+
+@pytest.mark.parametrize("name", ["net_latest.pth", "args.json", "log.jsonl"])
+def test_files_that_a_run_would_overwrite_are_named(refused, pairs_dir, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    refused(*args_of_train(pairs_dir, tmp_path), names=[f"--save_path {tmp_path / 'run'}", name])
+    assert contents(tmp_path / "run") == {name: b"mine"} and not (tmp_path / "packed").exists()
+
+
+# Paths that say nothing
+
+
+def path_options(script):
+    """The options of a script that take a path, by what its --help calls their values."""
+    parsers = []
+
+    class Caught(Exception):
+        pass
+
+    def capture(parser, *_):
+        parsers.append(parser)
+        raise Caught
+
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught):
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
+        module.parse_args()
+    kinds = ("DIR", "FILE", "PATH", "STEM", "RUN", "IN", "OUT", "DIR[:N]", "FILE[:CLASS]", ("TRAIN_DIR", "TEST_DIR"))
+    named = ("out", "detector")  # whose metavar says nothing
+    return [action for action in parsers[0]._actions if action.metavar in kinds or action.dest in named]
+
+
+@pytest.mark.parametrize(
+    "script", [path.stem for path in sorted(ROOT.glob("*.py")) if "def parse_args" in path.read_text()]
+)
+def test_an_empty_path_is_refused_by_every_option(script):
+    options = path_options(script)
+    assert options
+    for action in options:
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a path"):
+            action.type("")
+
+
+def test_an_empty_path_is_one_sentence(refused, pairs_dir):
+    refused("test", "--test_data_path", pairs_dir, "--output_path", "", names=["--output_path", "expected a path"])
+
+
+# Counts
+
+
+@pytest.mark.parametrize("number, noun, text", [
+    (1, "image", "1 image"), (0, "image", "0 images"), (2, "patch", "2 patches"), (3, "process", "3 processes"),
+])
+def test_what_is_counted_once_is_singular(number, noun, text):
+    assert counted(number, noun) == text
 
 
 # A full disk

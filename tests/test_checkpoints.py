@@ -560,9 +560,13 @@ BAD_CHECKPOINTS = {  # name: (how to write it, what the sentence must say)
     "old format, truncated at once": (lambda path: path.write_bytes(saved({}, **OLD)[:9]), "cut short"),
     "other architecture": (
         lambda path: torch.save(other_network(), path),
-        "found 8 tensors (encoder.0.weight, encoder.0.bias, encoder.1.weight, ...)",
+        "(32 of 32 tensors missing, such as conv0.0.weight), found 8 tensors (encoder.0.weight, encoder.0.bias,"
+        " encoder.1.weight, ...)",
     ),
-    "other shape": (lambda path: torch.save({**good_state(), "conv.0.bias": torch.zeros(4)}, path), "conv.0.bias"),
+    "other shape": (
+        lambda path: torch.save({**good_state(), "conv.0.bias": torch.zeros(4)}, path),
+        "(conv.0.bias is 4 instead of 3)",
+    ),
     "missing key": (lambda path: torch.save(lacking_state(), path), "res_conv3.4.conv_1_1.weight"),
     "NaN": (lambda path: torch.save(nan_state(), path), "NaN or infinite weights in conv_g.0.weight"),
     "infinite in 32 bits": (

@@ -72,6 +72,7 @@ def test_the_picture_is_written_into_the_folder(run, folder):
     result = run("curve", folder)
     assert result.status == 0 and result.out == f"{folder / 'curve.png'}: written\n"
     assert Image.open(folder / "curve.png").size == (700, 360)
+    assert run("curve", folder).status == 0, "its own picture is drawn anew"
     assert {ORANGE, GREY, BLUE} <= colours(folder / "curve.png")
 
 
@@ -96,6 +97,9 @@ def test_a_copy_of_the_log_is_drawn_beside_it_or_where_told(run, folder, tmp_pat
 def test_what_is_no_run_is_named(refused, tmp_path):
     refused("curve", tmp_path, names=[tmp_path / "log.jsonl", "no such file", "training run"])
     refused("curve", tmp_path / "none", names=[tmp_path / "none", "no such file"])
+    (tmp_path / "README.md").write_text("# Title\n\nText\n")
+    message = refused("curve", tmp_path / "README.md", names=[tmp_path / "README.md", "not what train.py writes"])
+    assert "README.md/" not in message
     refused("curve", tmp_path / "none.jsonl", names=[tmp_path / "none.jsonl", "no such file"])
     folder = write_log(tmp_path / "untrained", [epoch_line(1, val_psnr_y=20)])
     refused("curve", folder, names=[folder / "log.jsonl", "no step"])

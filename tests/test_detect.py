@@ -17,6 +17,8 @@ from checkpoints import save_checkpoint
 from conftest import contents, photo, save
 from detect import view_names
 from detectors import letterbox
+from images import MARK, write_image
+from metadata import Metadata
 
 NONE = np.empty((0, 6))
 PERSON, CAR = 0, 2
@@ -315,7 +317,7 @@ def test_nothing_found_and_a_single_image_have_no_interval(detect, data):
     row = read_table(data / "out/detection.csv")["rainy", "all"]
     assert row["f1_50"] == 0.5 and np.isnan(row["f1_50_low"])
     result = detect("--confidence", 1)
-    assert result.status == 0 and " 0 objects on the 1 clean images" in result.out
+    assert result.status == 0 and " 0 objects on the 1 clean image," in result.out
     row = read_table(data / "out/detection.csv")["rainy", "all"]
     assert row["found"] == 0 and all(np.isnan(row[name]) for name in ("precision_50", "recall_50", "f1_50", "f1"))
 
@@ -395,7 +397,7 @@ def test_average_precision_against_labels(kind, detect, data):
 def test_images_without_labels_and_classes_of_ones_own(detect, data):
     images = [{"id": 2, "file_name": "rain-2.jpg"}]
     result = detect("--labels", coco(data / "boxes.json", {"images": images}.items()))
-    assert result.status == 0 and "none of 2 images" in result.out and "labels of 1 images, 3 objects" in result.out
+    assert result.status == 0 and "none of 2 images" in result.out and "labels of 1 image, 3 objects" in result.out
     folder = yolo(data / "own")
     (folder / "norain-2.txt").unlink()  # without objects
     (folder / "classes.txt").write_text("\n".join(["car", "x", "Person", *"abcdefghijklm"]))
@@ -552,6 +554,15 @@ def test_missing_packages_are_named(package, detect, data, monkeypatch):
     assert result.status == (2 if package == "onnxruntime" else 0)
     assert (data / "out/detection.csv").exists() == (package == "matplotlib")
     assert not (data / "out/detection.png").exists()
+
+
+def test_the_contact_sheet_of_the_results_is_not_worth_a_word(detect, data):
+    write_image(data / "good/contact_sheet.jpg", flat(180), Metadata(software=MARK))
+    result = detect("--results_path", data / "good")
+    assert result.status == 0 and "left out" not in result.out, result
+    save(data / "good/contact_sheet.jpg", flat(180))
+    assert "left out 1 (no image of the set by their names): contact_sheet.jpg" in \
+        detect("--results_path", data / "good").out, "it is somebody else's"
 
 
 def test_pictures_that_are_missing_damaged_or_of_another_size(detect, data):

@@ -288,6 +288,23 @@ def test_the_end_of_another_process_is_told_from_an_error_of_this_one(error, exp
     assert reason is None if expected is None else expected in reason and "\n" not in reason
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, message", [
+    (("--output_path", ""), "argument --output_path: expected a path, got an empty text"),
+    (("--test_data_path", "none"), "--test_data_path none: no such file or folder"),
+])
+def test_bad_input_is_told_of_once(arguments, message):
+    _, err = finish(start(2, *arguments, script=ROOT / "test.py"), status=2)
+    assert err.count(message) == 1, err
+
+
+def test_bad_input_of_one_process_alone_is_told_of(refused, tmp_path, monkeypatch):
+    """Where the first one goes on, nobody ends the others while they wait."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    refused("test", "--test_data_path", tmp_path / "none", names=[tmp_path / "none"])
+
+
 @pytest.mark.parametrize("flags, ranks, name", [({"batch_size": 3}, 2, "--batch_size 3"), ({}, 20, "--data_path")])
 def test_what_so_many_processes_cannot_share_is_refused(pairs_dir, tmp_path, flags, ranks, name):
     args = train.parse_args(tiny(pairs_dir, tmp_path / "run", **{"batch_size": ranks, **flags}))

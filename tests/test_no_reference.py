@@ -189,7 +189,7 @@ def test_images_without_a_value_are_named_and_not_averaged(measured, tmp_path):
     assert rows["average"]["niqe_derained"] == rows["large.png"]["niqe_derained"]
     mean = np.mean([float(rows[name]["piqe_rainy"]) for name in ("large.png", "small.png")])
     assert float(rows["average"]["piqe_rainy"]) == pytest.approx(mean, abs=1e-6)
-    assert "over 1 images; none for dot.png, small.png (under 192x96 px, or without structure)" in result.out
+    assert "over 1 image; none for dot.png, small.png (under 192x96 px, or without structure)" in result.out
     assert "over 2 images; none for dot.png (under 16 px, or without detail)" in result.out
 
 
@@ -198,7 +198,7 @@ def test_results_of_another_method_without_ground_truth(measured, run, tmp_path)
         save(tmp_path / "real" / name, photo(1, 96, 192))
     other = save(tmp_path / "other/1.png", photo(2, 96, 192))
     rows, result = measured(tmp_path / "real", "--results_path", tmp_path / "other", status=1)
-    assert "no result of 1 images: 2.png" in result.err
+    assert "no result of 1 image: 2.png" in result.err
     assert not rows["1.jpg"]["psnr_y"] and float(rows["1.jpg"]["niqe_derained"]) == pytest.approx(
         niqe(cv2.imread(str(other))[..., ::-1]), abs=1e-6
     )

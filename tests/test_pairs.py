@@ -296,10 +296,17 @@ def test_clean_images_beside_are_hinted_at(tmp_path, capsys, monkeypatch, files,
         assert names(find_pairs(tmp_path / given, required=False).alone) == [files[0].rpartition("/")[2]]
         assert re.search(hint, capsys.readouterr().out)
     with pytest.raises(InputError, match=hint):
-        find_pairs(tmp_path / given)
+        find_pairs(tmp_path / given, ways_out=("--clean_path",))
     with pytest.raises(InputError) as caught:
-        find_pairs(tmp_path / given, "--exclude_test")
-    assert "--clean_path" not in str(caught.value), "an option that goes with --data_path and --test_data_path only"
+        find_pairs(tmp_path / given)
+    assert "--clean_path" not in str(caught.value), "an option that not all scripts have"
+
+
+def test_no_option_is_advised_that_the_script_does_not_have(refused, tmp_path):
+    touch(tmp_path, ["photos/a.png", "photos/gt/b.png"])
+    for script in ("rain_stats", "ablation"):
+        message = refused(script, "--data_path", tmp_path / "photos", names=["--data_path", "no rainy/clean pairs"])
+        assert "--rain_synth" not in message and "--clean_path" not in message
 
 
 def test_clean_path_names_the_clean_folder(tmp_path):

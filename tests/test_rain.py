@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 import rain_stats
-from conftest import contents, photo, save, with_rain
-from images import read_rgb
+from conftest import ROOT, contents, photo, save, with_rain
+from images import is_marked, read_rgb
 from pairs import find_pairs, read_pair
 from rain import (
     EXACT, PRESETS, TrainingRain, add_rain, draw_rain, extract_streaks, fit_streaks, follows_model, streak_layer,
@@ -337,6 +337,16 @@ def test_comparison_is_written(run, pairs_dir, tmp_path):
     means = [extract_streaks(*read_pair(pair)).mean() for pair in find_pairs(pairs_dir).pairs]
     assert f"| pairs | real | 3 | {np.mean(means):.1f} (" in table and f"--output {tmp_path / 'out/rain'}" in table
     assert read_rgb(tmp_path / "out/rain.jpg").shape[1] == rain_stats.WIDTH
+    assert run("rain_stats", "--data_path", pairs_dir, "--output", tmp_path / "out/rain").status == 0, "its own, anew"
+
+
+def test_comparison_is_only_printed_without_a_place_for_it(run, pairs_dir, tmp_path, monkeypatch):
+    """In a clone, the repository's own table stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    result = run("rain_stats", "--data_path", pairs_dir)
+    assert result.status == 0 and "| pairs | real | 3 |" in result.out and contents(tmp_path) == before, result
+    assert is_marked(ROOT / "results/rain.jpg"), "or the command of results/rain.md is refused"
 
 
 @pytest.mark.parametrize("preset, data_set", [("light", "RainTrainL"), ("heavy", "RainTrainH")])

@@ -165,11 +165,11 @@ def change(path, value):
     "path, value, words",
     [
         (["seed"], 5, ["--seed 0 then, 5 now"]),
-        (["sources"], [SOURCE, SOURCE], ["--data_path", "1 folders then, 2 now"]),
+        (["sources"], [SOURCE, SOURCE], ["--data_path", "1 folder then, 2 now"]),
         (["sources", 0, "size"], 64, ["data: ", "100 px then", "64 px now"]),
         (["sources", 0, "images"], 4, ["data: ", "3 images then", "4 images now"]),
         (["sources", 0, "patches"], 8, ["data: ", "9 patches then", "8 patches now"]),
-        (["sources", 0, "count"], 40, ["data: ", "counted 1 times then", "counted 40 times now"]),
+        (["sources", 0, "count"], 40, ["data: ", "counted 1 time then", "counted 40 times now"]),
         (["sources", 0, "content"], "cc", ["data: ", "other images than then"]),
         (["validation", "pairs"], 3, ["2 validation pairs then, 3 now"]),
         (["validation", "content"], "cc", ["2 validation pairs then, 2 others now"]),

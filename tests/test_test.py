@@ -15,10 +15,10 @@ import inference
 import test as test_script
 from checkpoints import BUNDLED, PUBLISHED_FOLDER, load_network, save_checkpoint
 from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
-from images import content_of, image_size, read_image, read_metadata
+from images import MARK, content_of, image_size, read_image, read_metadata
 from metrics import measure
 from networks import SAPNet
-from outputs import MARK, METRICS
+from outputs import METRICS
 from pairs import find_pairs
 
 
@@ -94,7 +94,7 @@ def test_each_set_and_model_has_its_folder(run, checkpoint, tmp_path, monkeypatc
         result = run("test", *arguments, "--test_data_path", source, "--device", "cpu")
         assert result.status == 0, result
         assert f"weights: {used}" in result.out.splitlines()[:2], "before the first image"
-        assert f"1 images in results/{folder}" in result.out
+        assert f"1 image in results/{folder}" in result.out
         assert (tmp_path / "clips/results" / folder / "photo.png").exists()
 
 
@@ -536,7 +536,7 @@ def test_recursive_mirrors_the_folders(test_run, tmp_path):
         assert read_image(output / (f"{name}.png" if twice else name)).shape == (12 + number, 14, 3)
     assert "dB" not in result.out, "all of them are taken as real rain"
     _, result = test_run(tmp_path / "in")
-    assert "1 images in" in result.out, "only on request"
+    assert "1 image in" in result.out, "only on request"
 
 
 def test_recursive_follows_links_once_and_leaves_its_own_results_out(test_run, tmp_path):
@@ -869,7 +869,7 @@ def test_a_glob_may_have_caught_other_files(test_run, refused, checkpoint, tmp_p
     refused("test", *arguments, *(tmp_path / "in").iterdir(), names=["--test_data_path", "neither an image nor a"])
     save(tmp_path / "in/a.png", photo(1, 12, 12))
     _, result = test_run([*sorted((tmp_path / "in").iterdir()), tmp_path / "in/a.png"])
-    assert "1 images in" in result.out and "not processed: more.txt, notes.txt" in result.out.splitlines()
+    assert "1 image in" in result.out and "not processed: more.txt, notes.txt" in result.out.splitlines()
 
 
 def test_a_path_that_is_missing_among_several_is_named(refused, checkpoint, few, tmp_path):
@@ -1053,7 +1053,7 @@ def test_missing_and_surplus_results_are_named(run, few, tmp_path):
         "test", "--results_path", folder, "--test_data_path", few, "--output_path", tmp_path / "out", "--comparison"
     )
     assert result.status == 1, result
-    assert result.err == f"test.py: error: --results_path {folder}: no result of 1 images: rain-2.png\n"
+    assert result.err == f"test.py: error: --results_path {folder}: no result of 1 image: rain-2.png\n"
     assert f"{folder}: left out 1 (no image of the set by their names): cat.png" in result.out
     assert "rain-3.png is not the result of" in result.out
     assert set(contents(tmp_path / "out")) == {"metrics.csv", "comparison/rain-1.jpg", "contact_sheet.jpg"}

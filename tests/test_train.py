@@ -491,7 +491,7 @@ def assert_one_background_is_held_out(result, tmp_path, backgrounds, versions):
     names = packed_names(tmp_path)
     trained = {name.split("_")[0] for name in names}
     assert len(trained) == backgrounds - 1 and len(names) == versions * len(trained)
-    assert "1 validation pairs" in result.out
+    assert "1 validation pair" in result.out
     left_out = next(line for line in result.out.splitlines() if "left out" in line)
     (held_out,) = {str(number) for number in range(1, backgrounds + 1)} - trained
     assert left_out.count(f"{held_out}_") == versions, "each version is named"
@@ -537,7 +537,7 @@ def test_pairs_are_held_out_by_folder(run, pairs_dir, tmp_path):
 def test_a_folder_given_twice_holds_out_the_same_pairs(run, pairs_dir, tmp_path):
     arguments = *tiny(pairs_dir, tmp_path / "run", max_steps=1), "--data_path", pairs_dir, pairs_dir
     result = run("train", *arguments, "--val_pairs", 1)
-    assert result.status == 0 and "24 patches" in result.out and "1 validation pairs" in result.out, result
+    assert result.status == 0 and "24 patches" in result.out and "1 validation pair" in result.out, result
 
 
 def test_numbers_of_held_out_pairs_that_fit_no_folders_are_refused(refused, pairs_dir, tmp_path):
@@ -733,11 +733,11 @@ CHANGES = {
     "image edited": (edit_image, {}, "other images than then"),
     "patch size": (None, {"patch_size": 12}, "patches of 11 px then, patches of 12 px now"),
     "stride": (None, {"stride": 20}, "18 patches then, 36 patches now"),
-    "count": (None, {"data_path": "{data}:2"}, "counted 1 times then, counted 2 times now"),
+    "count": (None, {"data_path": "{data}:2"}, "counted 1 time then, counted 2 times now"),
     "hold-out": (None, {"val_pairs": 1}, "3 images then, 2 images now"),
     "seed": (None, {"seed": 1}, "--seed 0 then, 1 now"),
-    "folders": (None, {"data_path": "{data} {val}"}, "--data_path with 1 folders then, 2 now"),
-    "validation": (edit_validation, {}, "1 validation pairs then, 1 others now"),
+    "folders": (None, {"data_path": "{data} {val}"}, "--data_path with 1 folder then, 2 now"),
+    "validation": (edit_validation, {}, "1 validation pair then, 1 other now"),
 }
 
 

@@ -53,7 +53,7 @@ def test_each_folder_becomes_a_set(pairs_dir, tmp_path, capsys):
     assert pair.rainy == pair.clean == tmp_path / "photographs/1.png"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{pairs_dir}: left out 2 (no pair by their names): rain-2.png, cat.png"
-    assert "1 images without pairs, taken as clean photographs" in lines[1] and "train_input.h5" in lines[2]
+    assert "1 image without pairs, taken as clean photographs" in lines[1] and "train_input.h5" in lines[2]
 
 
 def test_photographs_alone_need_rain(tmp_path):

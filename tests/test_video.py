@@ -699,7 +699,7 @@ def test_a_clip_cut_short_is_derained_and_reported(kept, tmp_path, suffix):
         copy_fast(whole, source)
     source.write_bytes(source.read_bytes()[: int(source.stat().st_size * (0.65 if suffix == "avi" else 0.4))])
     output, result = kept(source)
-    text = "1 frames are damaged" if suffix == "ts" else "ends early"  # MPEG-TS declares no length
+    text = "1 damaged frame, taken" if suffix == "ts" else "ends early"  # MPEG-TS declares no length
     assert any(text in fault for fault in result.faults), result.faults
     assert 10 < len(frames_of(output)) < 60
 
@@ -1048,11 +1048,18 @@ def test_frames_that_are_no_range_are_refused(refused, tmp_path, text):
     refused("test", "--test_data_path", tmp_path, f"--frames={text}", names=["--frames", "A:B"])
 
 
-@pytest.mark.parametrize("option", ["--crf", "--frames"])
+def test_a_part_that_goes_beyond_the_end_is_said(derain_clip, tmp_path):
+    source = make_clip(tmp_path / "in/clip.mp4", pictures(4))
+    for frames, said in (("3:9", True), ("3:4", False)):
+        _, result = derain_clip(source, "--frames", frames, "--recurrent_iter", 1)
+        assert (f"--frames 3:9: {source} ends with frame 4\n" in result.out) == said and "2 frames" in result.out
+
+
+@pytest.mark.parametrize("option", ["--codec", "--crf", "--frames"])
 def test_options_of_videos_are_refused_for_pictures(refused, checkpoint, tmp_path, option):
     save(tmp_path / "in/a.png", photo(1))
     for path in (tmp_path / "in", tmp_path / "in/a.png"):
-        value = {"--crf": 3, "--frames": "1:2"}[option]
+        value = {"--codec": "h264", "--crf": 3, "--frames": "1:2"}[option]
         refused(
             "test", "--save_path", checkpoint, "--test_data_path", path, option, value, names=[option, path, "video"]
         )
@@ -1080,7 +1087,7 @@ def test_numbered_pictures_are_a_video(derain_clip, tmp_path):
     save(tmp_path / "in/other_00001.png", photo(1))
     (tmp_path / "in/frame_00007.png").write_bytes(b"no picture")
     output, result = derain_clip(tmp_path / "in/frame_%05d.png", "--crf", 4, status=1)
-    assert "1 frames could not be read, the first of them number 3" in result.err
+    assert "1 frame could not be read, the first of them number 3" in result.err
     assert set(contents(output)) == {"frame.mp4", "frame.csv"}
     assert times_of(output / "frame.mp4") == [Fraction(k, 25) for k in range(5)]
 
