@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import load_weights
-from utils import InputError
+from utils import InputError, RunError, locked
 
 
 def file_of(name, version="IMAGENET1K_V1"):
@@ -44,14 +44,15 @@ def find_backbone(name, backbone_dir, version="IMAGENET1K_V1"):
         path = next((path for path in candidates if path.is_file()), None)
         part = "without its classifier " if version == "IMAGENET1K_V1" else ""
         return path, f"expected {file_name} from {url}, or {part}as {name}*.pth, in --backbone_dir {folder}"
-    if not cached.exists():
-        print(f"downloading {url} to {cached.parent}", flush=True)
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:
-            steps = f"download {url} elsewhere, put it into a folder and name that with --backbone_dir"
-            return None, f"torchvision's download failed ({error}): {steps}"
+    try:
+        if not cached.exists():
+            with locked(cached.with_suffix(".lock")):  # of the processes of a machine, one downloads
+                if not cached.exists():
+                    print(f"downloading {url} to {cached.parent}", flush=True)
+                    torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
+    except (OSError, RunError, RuntimeError) as error:
+        steps = f"download {url} elsewhere, put it into a folder and name that with --backbone_dir"
+        return None, f"torchvision's download failed ({error}): {steps}"
     return cached, f"expected {file_name} from {url} in {cached.parent}"
 
 

@@ -251,9 +251,11 @@ def locked(path, refusal=None):
     path, waited = Path(path), False
     new_folders = [folder for folder in path.parents if not folder.exists()]  # the innermost comes first
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab+", buffering=0)
-        while not take_lock(file, path):
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)  # each time, as the holder may have removed it
+            file = open(path, "ab+", buffering=0)
+            if take_lock(file, path):
+                break
             file.seek(0)
             holder = file.read().decode() or "another process"
             if refusal:
@@ -263,7 +265,6 @@ def locked(path, refusal=None):
             waited = True
             time.sleep(0.2)
             file.close()
-            file = open(path, "ab+", buffering=0)
     except OSError as error:
         raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
     try:

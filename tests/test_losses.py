@@ -1,5 +1,10 @@
 """The semantic losses against golden values, and what each must do to the derained image."""
 import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchvision.models import alexnet
 
 import losses
-from backbones import file_of
+from backbones import file_of, find_backbone
 from checkpoints import load_checkpoint, save_checkpoint
 from conftest import make_pairs
 from losses import WEIGHTS, DerainLoss, LPIPSLoss, PerceptualContrastiveLoss, SegmentationLoss, focal_loss, psnr_loss
@@ -382,6 +387,27 @@ def test_download_fills_the_cache(alexnet_state, tmp_path, monkeypatch, capsys):
     LPIPSLoss()
     LPIPSLoss(backbone_dir=tmp_path)  # not there, but in the cache
     assert "downloading" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
+    """A download that failed is tried again by the next process."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def download(url, path, hash_prefix):
+        with open(tmp_path / "calls", "a") as calls:
+            calls.write("x")
+        time.sleep(0.5)
+        if (tmp_path / "calls").read_text() == "x":
+            raise OSError("the network is down")
+        Path(path).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ProcessPoolExecutor(3, get_context("fork")) as pool:
+        found = [path for path, _ in pool.map(find_backbone, ["vgg16"] * 3, [None] * 3)]
+    assert (tmp_path / "calls").read_text() == "xx" and found.count(None) == 1
+    (path,) = (tmp_path / "hub/checkpoints").iterdir()
+    assert found.count(path) == 2, "and the lock is gone"
 
 
 def test_random_weights_are_loud_and_the_same_each_time(capsys):
