@@ -178,10 +178,9 @@ class _Derain:
     """What ``derain`` returns; see ``__call__``."""
 
     def __init__(self, net, device, dtype, self_ensemble, max_memory):
-        inference = _module("inference")
         self.device, self.max_memory = device, max_memory
-        self._runner = inference.StripRunner(net, dtype)
-        self._run = inference.self_ensemble(self._runner) if self_ensemble else self._runner
+        self._runner = _module("inference").StripRunner(net, dtype)
+        self._run = _module("runners").self_ensemble(self._runner) if self_ensemble else self._runner
 
     def __call__(self, picture, output=None):
         """Take the rain off a picture of any size, in bounded memory. Several threads may call this: they take turns.

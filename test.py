@@ -30,7 +30,7 @@ from devices import (
     out_of_memory, pick_device, processes_here, rank_of_run, threads_beside, to_first,
 )
 from images import MARK, WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
-from inference import SharedRunner, StripRunner, self_ensemble, to_image, to_tensor
+from inference import StripRunner, to_image, to_tensor
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
 from metadata import Metadata
 from metrics import measure, measure_alone
@@ -39,6 +39,7 @@ from outputs import (
     extension, name_outputs,
 )
 from pairs import check_sizes, read_clean, read_rainy
+from runners import SharedRunner, self_ensemble
 from utils import (
     InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable, progress,
     run_script, write_csv,

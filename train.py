@@ -23,10 +23,10 @@ from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
     HALF_PRECISIONS, FiniteCheck, StopSignal, as_one_run, average, choose_speed, ignore_lost_children, join_processes,
-    leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted,
-    threads_beside, total,
+    leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted, threads_beside,
+    total,
 )
-from inference import SharedRunner, StripRunner, to_image, to_tensor
+from inference import StripRunner, to_image, to_tensor
 from losses import add_loss_options, batch_psnr, build_criterion
 from metrics import METRICS, measure
 from muon import build_optimizers
@@ -34,12 +34,9 @@ from networks import RESIDUAL_CONVS, SAPNet, mismatch
 from pairs import read_pair
 from rain import TrainingRain, add_rain_options, check_rain_options
 from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_arguments
-from training_sets import (
-    add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation,
-)
-from utils import (
-    InputError, Parser, a_path, add_flag, ahead, at_least, check_folder, counted, progress, run_script,
-)
+from runners import SharedRunner
+from training_sets import add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation
+from utils import InputError, Parser, a_path, add_flag, ahead, at_least, check_folder, counted, progress, run_script
 
 
 def parse_args(argv=None):

@@ -8,8 +8,9 @@ import torch
 
 from checkpoints import load_network, load_weights
 from conftest import ROOT, make_pairs
-from inference import SharedRunner, StripRunner, strip_pixels, to_image
+from inference import StripRunner, strip_pixels, to_image
 from networks import SAPNet
+from runners import SharedRunner
 from test_train import options, read_lines, read_state, without
 
 pytestmark = [

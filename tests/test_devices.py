@@ -13,7 +13,7 @@ from torch import distributed
 
 import devices
 from devices import StopSignal, choose_speed, loader_processes, meet, pick_device, threads_beside
-from inference import SharedRunner
+from runners import SharedRunner
 from utils import InputError, ahead
 
 

@@ -11,11 +11,12 @@ from checkpoints import load_network
 from conftest import THOROUGH
 from images import read_rgb
 from inference import (
-    FeatureMap, StripRunner, column_sums, dense_kernel, dilated_conv, relu, self_ensemble, to_image, to_tensor,
+    FeatureMap, StripRunner, column_sums, dense_kernel, dilated_conv, relu, to_image, to_tensor,
     window_sums,
 )
 from metrics import luma, psnr
 from networks import RESIDUAL_CONVS, SAPNet
+from runners import self_ensemble
 from utils import RunError
 
 VARIANTS = [
