@@ -116,6 +116,7 @@ def main():
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
     files = ["--backbone_dir", args.backbone_dir] if args.backbone_dir else []
     lines = table_head(args, len(held_out))
+    print(*lines, sep="\n", flush=True)
     for number, (name, (w_contrast, w_lpips)) in enumerate(RUNS.items()):
         folder = args.logs / f"run{number}"
         command = [
@@ -132,7 +133,6 @@ def main():
         print(lines[-1], flush=True)
         if args.output:
             write_text(args.output, "\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 
 from networks import CRA, DILATIONS, RESIDUAL_CONVS, SAPNet
 from utils import (
-    InputError, a_path, add_flag, at_least, atomic_write, boolean, check_file, counted, printable, run_script,
+    InputError, a_path, add_flag, at_least, atomic_write, boolean, check_folder, counted, printable, run_script,
 )
 
 BUNDLED = Path(__file__).resolve().parent / "weights"  # found from any working directory
@@ -484,7 +484,7 @@ def main():
         raise InputError(f"OUT {args.output}: expected a name that ends in .safetensors or .pth")
     if args.output.exists():
         raise InputError(f"OUT {args.output}: is there already; expected the name of a new file")
-    check_file("OUT", args.output, lambda path: False)
+    check_folder("OUT", args.output.parent)
     net = load_network(args.source, args.recurrent_iter, args.use_dilation)
     stored = load_weights(find_checkpoint(args.source))  # as precise as they are, in the network's order
     weights, options = {name: stored[name] for name in net.state_dict()}, network_options(net)

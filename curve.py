@@ -14,7 +14,7 @@ import json
 
 import numpy as np
 
-from images import MARK, is_marked
+from images import MARK, is_marked, read_metadata
 from utils import InputError, a_path, atomic_write, check_file, run_script
 
 LOG_FILE = "log.jsonl"
@@ -96,6 +96,14 @@ def draw(steps, epochs, path):
     pyplot.close(figure)
 
 
+def is_curve(path):
+    """Whether a curve.png is of this program; earlier versions left matplotlib's name in it."""
+    try:
+        return str(read_metadata(path).software).startswith((MARK, "Matplotlib"))
+    except InputError:
+        return False
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=a_path(), metavar="RUN", help=f"a run's folder, or a copy of its {LOG_FILE}")
@@ -117,7 +125,7 @@ def main():
     if output.suffix != ".png":
         raise InputError(f"--output {output}: expected a file name that ends in .png")
     steps, epochs = read_log(log)
-    check_file("--output", output, is_marked)
+    check_file("--output", output, is_marked if args.output else is_curve)
     draw(steps, epochs, output)
     print(f"{output}: written")
 

@@ -199,8 +199,9 @@ def meet(store, rank, ranks, patience=PATIENCE):
     """The part of a store that only the processes which are running now write to.
 
     torchrun keeps one store for all its restarts, and in it stand the addresses of processes that are gone: who read
-    one would wait there. torchrun's own count of restarts may differ between machines, so the first process names the
-    part, and the others take the name only from an answer to a word of theirs.
+    one would wait there. torchrun's own count of restarts may differ between machines. So each process writes a random
+    word of its own; the first process answers with its word and all those that it has read; and who finds its own word
+    in the answer says so, and takes the first process's word for the name of the part.
 
     Args:
         store: a ``torch.distributed.Store`` that all of them see.
@@ -298,7 +299,10 @@ def to_first(value):
 class AmongProcesses:
     """A function whose calls the processes of the run share. Threads of the first process call it, at the same time.
 
-    Meanwhile the others ``serve`` it. Each computes one call at a time, the first process too.
+    Meanwhile the others ``serve`` it. Each process computes one call at a time, the first one too.
+
+    Attributes:
+        free: a queue of the ranks of the processes that have no call.
     """
 
     def __init__(self, function):
@@ -325,7 +329,7 @@ class AmongProcesses:
         return result
 
     def serve(self):
-        """Compute what the first process sends, until it closes; it also decides what a signal does."""
+        """Compute what the first process sends, until it closes; signals are left to the first process."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         box = [None]
@@ -341,9 +345,10 @@ class AmongProcesses:
 
     def close(self):
         """Let the other processes go on, once the calls that are under way have ended."""
-        for rank in [self.free.get() for _ in range(self.ranks)]:
-            if rank:
-                distributed.send_object_list([None], rank)
+        if self.ranks > 1:
+            for rank in [self.free.get() for _ in range(self.ranks)]:
+                if rank:
+                    distributed.send_object_list([None], rank)
 
 
 def lost_process(error):

@@ -3,8 +3,8 @@
     pip install onnxscript onnxruntime
     python export.py --output sapnet.onnx
 
-Without --save_path it exports the weights that test.py would take. The file's input ``rainy`` and output ``derained``
-are (N, 3, H, W) float32 RGB in [0, 1], with N, H and W free; the output is clamped to that range.
+Without --save_path it exports the weights of your run, or the bundled general ones. The file's input ``rainy`` and
+output ``derained`` are (N, 3, H, W) float32 RGB in [0, 1], with N, H and W free; the output is clamped to that range.
 """
 import argparse
 import copy

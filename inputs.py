@@ -99,7 +99,9 @@ def find_set(folder, earlier, args):
 
 def find_in_folder(folder, below, args):
     """The ``Inputs`` of one folder, whose results go to the folder ``below`` under --output_path."""
-    files = files_below(folder, args.output_path) if args.recursive else files_in(folder)
+    # By default a folder for each model, all of which are left out.
+    output = args.output_path if args.given_output else args.output_path.parent
+    files = files_below(folder, output) if args.recursive else files_in(folder)
     results = earlier_results(files, folder, args)
     report_left_out(folder, results, "results of an earlier run")
     earlier, pairs, unused = {os.path.realpath(path) for path in results}, [], []

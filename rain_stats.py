@@ -21,7 +21,7 @@ from metadata import Metadata
 from metrics import measure
 from pairs import find_pairs, read_clean, report_left_out
 from rain import EXACT, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
-from utils import a_path, at_least, begins_with, check_file, progress, run_script, write_text
+from utils import InputError, a_path, at_least, begins_with, check_file, progress, run_script, write_text
 
 HEADING = "# Drawn rain against real rain"  # by which a later run knows its table
 COLUMNS = ("mean S", "std of S", "angle, degrees", "coherence", "PSNR-Y, dB", "SSIM-Y")
@@ -159,9 +159,12 @@ def parse_args():
 def main():
     args = parse_args()
     if args.output:
+        if not args.output.name:
+            raise InputError(f"--output {args.output}: expected a file name without its suffix")
         table, picture = (args.output.with_suffix(suffix) for suffix in (".md", ".jpg"))
         check_file("--output", table, begins_with(HEADING))
-        check_file("--output", picture, is_marked)
+        # An earlier version marked the table only.
+        check_file("--output", picture, lambda path: is_marked(path) or begins_with(HEADING)(table))
     sets = {folder: describe_set(folder, args.seed) for folder in args.data_path}
     lines = [
         HEADING, "",

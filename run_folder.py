@@ -22,7 +22,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from checkpoints import load_checkpoint, network_options, read_options, save_checkpoint, save_safetensors
 from muon import Muon
-from utils import InputError, RunError, begins_with, check_folder, counted, locked, remove_leftovers, write_text
+from utils import InputError, RunError, check_folder, counted, locked, remove_leftovers, write_text
 
 STATE_FILE, WEIGHTS_FILE, LOG_FILE = "train_state.pth", "net_latest.pth", "log.jsonl"
 SAFETENSORS_FILE = "net_latest.safetensors"
@@ -49,24 +49,41 @@ def hold_run(folder, resume):
             raise InputError(
                 f"--save_path {folder}: holds another run; give --resume to continue it, or another folder"
             )
-        if not resume:
+        if not found:
             refuse_other_files(folder)
         if resume and not found:
-            if (folder / WEIGHTS_FILE).exists():  # never without the state in a run's own folder
-                raise InputError(f"--resume: {folder} has weights but no {STATE_FILE}; expected a stopped run's folder")
             print(f"{folder}: nothing was saved there yet; starting from the beginning")
         yield
 
 
 def refuse_other_files(folder):
-    """Refuse a folder in which a run would write over files that are of no run, before it has saved its state."""
-    taken = [WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else []  # never without the state in a run's own folder
-    taken += [
-        name for name in ("args.json", LOG_FILE)
-        if (folder / name).exists() and (folder / name).stat().st_size and not begins_with("{")(folder / name)
-    ]
+    """Refuse a folder without a state where a run would write over files that no run has left.
+
+    One that was killed before it saved its state leaves its options and a log, but not these weights.
+    """
+    taken = [name for name in (WEIGHTS_FILE, SAFETENSORS_FILE) if (folder / name).exists()]
+    taken += [] if is_log(folder / LOG_FILE) else [LOG_FILE]
+    try:
+        options = read_options(folder)
+    except InputError:
+        options = None
+    if (folder / "args.json").exists() and "save_path" not in (options or {}):
+        taken.append("args.json")
     if taken:
-        raise InputError(f"--save_path {folder}: {taken[0]} there is of no run of train.py; expected another folder")
+        raise InputError(
+            f"--save_path {folder}: has {taken[0]} but no {STATE_FILE}; expected a stopped run's folder, or another one"
+        )
+
+
+def is_log(path):
+    """Whether a log.jsonl is empty, absent or of a run, which may have been killed within its first line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return not text or bool(read_log(path)) or text.startswith("{") and "\n" not in text
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def write_arguments(args):

@@ -124,12 +124,12 @@ def parse_args(argv=None):
     args.inputs = list(dict.fromkeys(args.test_data_path))
     args.test_data_path = common_path(args.inputs)
     args.given_output = args.output_path
-    choose_weights(args, photographs=True)
+    fill_in_defaults(args, photographs=True)
     return args
 
 
-def choose_weights(args, photographs):
-    """Fill in what was not given: the weights, which are others for photographs, and the folder named after them."""
+def fill_in_defaults(args, photographs):
+    """Fill in the weights, which are others for photographs, and --output_path, whose default is named after them."""
     args.checkpoint = None if args.results_path else find_checkpoint(args.save_path, photographs)
     args.output_path = args.given_output or default_output(args)
 
@@ -462,10 +462,11 @@ def plan(args):
     """Which pictures and videos there are, the weights for them, and where each result goes.
 
     Returns:
-        (``args`` after ``choose_weights``, ``Inputs``, a ``Job`` for each picture).
+        (``args`` after ``fill_in_defaults``, ``Inputs``, a ``Job`` for each picture).
     """
     inputs = find_results(args) if args.results_path else find_inputs(args)
-    choose_weights(args, photographs=not any(pair.clean for pair, *_ in inputs.pictures))
+    fill_in_defaults(args, photographs=not any(pair.clean for pair, *_ in inputs.pictures))
+    check_folder("--output_path", args.output_path)
     if args.checkpoint:
         print(f"weights: {printable(args.checkpoint)}")
     for name in ("codec", "crf", "frames"):

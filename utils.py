@@ -65,7 +65,7 @@ def let_first_speak():
 
     torchrun ends this process as soon as the first has failed. If it does not, the input is bad for this one alone.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run may have set a handler that does not end it
         time.sleep(10)
 
@@ -121,8 +121,8 @@ def a_path(kind=Path):
 def check_folder(option, folder):
     """Refuse a folder to write into that cannot be made, as a file is in its place or in that of one above it."""
     whole = Path(folder).absolute()
-    taken = next(place for place in (whole, *whole.parents) if os.path.exists(place))
-    if not taken.is_dir():
+    taken = next((place for place in (whole, *whole.parents) if os.path.lexists(place)), None)
+    if taken and not taken.is_dir():
         raise InputError(f"{option} {folder}: {taken} is a file; expected a folder, there or to be made")
 
 
@@ -139,7 +139,7 @@ def check_file(option, path, is_ours):
         raise InputError(f"{option} {path}: is a folder; expected the name of a file")
     if os.path.lexists(path) and not is_ours(path):
         raise InputError(
-            f"{option} {path}: would be overwritten, which this script has not written; expected another name"
+            f"{option} {path}: would be overwritten, which has no mark of this script; expected another name"
         )
 
 
@@ -147,11 +147,10 @@ def begins_with(*texts):
     """A function for ``check_file``: whether the file at a path begins with one of the texts."""
 
     def is_ours(path):
-        try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                return file.read(max(map(len, texts))).startswith(texts)
-        except OSError:
+        if not os.path.isfile(path):
             return False
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(max(map(len, texts))).startswith(texts)
 
     return is_ours
 
@@ -252,8 +251,11 @@ def locked(path, refusal=None):
     new_folders = [folder for folder in path.parents if not folder.exists()]  # the innermost comes first
     try:
         while True:
-            path.parent.mkdir(parents=True, exist_ok=True)  # each time, as the holder may have removed it
-            file = open(path, "ab+", buffering=0)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(path, "ab+", buffering=0)
+            except FileNotFoundError:  # the holder has removed the folder in between
+                continue
             if take_lock(file, path):
                 break
             file.seek(0)
@@ -300,7 +302,10 @@ def take_lock(file, path):
 
 
 def ahead(function, items, threads):
-    """Yield ``function(item)`` of each item, in order, while ``threads`` work on the next ones; with 0 none does."""
+    """Yield ``function(item)`` of each item, in order.
+
+    So many ``threads`` work ahead, on the next items; with 0 all is done in the caller's thread when its turn comes.
+    """
     if not threads:
         yield from map(function, items)
         return

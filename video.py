@@ -41,7 +41,8 @@ class VideoOptions:
         frames: (first, last) frame to derain, both counted from 1 and included; None takes all.
         overwrite: whether to start again where an earlier result is; otherwise a stopped one is gone on with.
         settings: what else the result depends on, such as the weights; values that JSON can hold.
-        at_once: how many threads derain frames, while others are read and written; with 0 none does.
+        at_once: how many threads derain frames, while others are read and written; with 0 the caller's thread does all,
+            one frame after the other.
     """
 
     codec: str = "h264"
@@ -131,8 +132,9 @@ def check_output(output, source, task, overwrite):
     if overwrite or not mark:
         return False
     if mark["task"] != task:
+        changed = ", ".join(name for name in task if task[name] != mark["task"].get(name))
         raise InputError(
-            f"--overwrite False: {output} is of another source or other options; expected those, or no"
+            f"--overwrite False: {output} is of another source or other options ({changed}); expected those, or no"
             " --overwrite False"
         )
     return mark["complete"]
@@ -177,7 +179,7 @@ class Flicker:
 
 
 class Frame(NamedTuple):
-    """A frame on its way: ``rainy`` is ``picture`` as RGB, and both are None where there is none to derain."""
+    """A frame on its way; ``rainy`` is ``picture`` as RGB. Both are None where the last result is written again."""
 
     number: int
     shot: Shot

@@ -292,7 +292,7 @@ def photograph(path):
     save(path, photo(1))
 
 
-FILES = {  # script: (the arguments, of which the last names a file, and the name of the file that it would write)
+FILES = {  # script: (its arguments, and the name of the file that it would write)
     "curve": (("log.jsonl", "--output", "a.png"), "a.png"),
     "curve, unasked": (("log.jsonl",), "log.png"),
     "export": (("--save_path", "model", "--output", "a.onnx"), "a.onnx"),
@@ -300,7 +300,6 @@ FILES = {  # script: (the arguments, of which the last names a file, and the nam
     "rain_stats, picture": (("--data_path", "pairs", "--output", "a"), "a.jpg"),
     "ablation": (("--data_path", "pairs", "--output", "a.md"), "a.md"),
     "bench": (("--sizes", "8x8", "--steps", 0, "--json", "a.json"), "a.json"),
-    "checkpoints": (("model", "a.pth"), "a.pth"),
 }
 
 

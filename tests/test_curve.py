@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import curve
 
@@ -73,6 +74,11 @@ def test_the_picture_is_written_into_the_folder(run, folder):
     assert result.status == 0 and result.out == f"{folder / 'curve.png'}: written\n"
     assert Image.open(folder / "curve.png").size == (700, 360)
     assert run("curve", folder).status == 0, "its own picture is drawn anew"
+    unmarked = PngInfo()
+    unmarked.add_text("Software", "Matplotlib version3.10, https://matplotlib.org/")
+    Image.new("RGB", (7, 3)).save(folder / "curve.png", pnginfo=unmarked)
+    assert run("curve", folder, "--output", folder / "curve.png").status == 2
+    assert run("curve", folder).status == 0, "and one of an earlier version, in its own place"
     assert {ORANGE, GREY, BLUE} <= colours(folder / "curve.png")
 
 

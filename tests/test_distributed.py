@@ -300,9 +300,14 @@ def test_bad_input_is_told_of_once(arguments, message):
 
 def test_bad_input_of_one_process_alone_is_told_of(refused, tmp_path, monkeypatch):
     """Where the first one goes on, nobody ends the others while they wait."""
+    waited = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    refused("test", "--test_data_path", tmp_path / "none", names=[tmp_path / "none"])
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for started_by_torchrun in (False, True):
+        if started_by_torchrun:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        refused("test", "--test_data_path", tmp_path / "none", names=[tmp_path / "none"])
+        assert len(waited) == started_by_torchrun
 
 
 @pytest.mark.parametrize("flags, ranks, name", [({"batch_size": 3}, 2, "--batch_size 3"), ({}, 20, "--data_path")])

@@ -31,7 +31,7 @@ def test_a_folder_is_held_by_one_run_and_left_clean(tmp_path):
     "files, resume, expected",
     [
         (["train_state.pth", "net_latest.pth"], False, "holds another run; give --resume"),
-        (["net_latest.pth"], True, "has weights but no train_state.pth"),
+        (["net_latest.pth"], True, "has net_latest.pth but no train_state.pth"),
         (None, True, "expected that of a stopped run"),
     ],
 )
@@ -47,10 +47,28 @@ def test_what_would_harm_a_run_is_refused(tmp_path, files, resume, expected):
 
 
 def test_a_folder_in_which_nothing_was_saved_yet_begins_anew(tmp_path, capsys):
-    (tmp_path / "args.json").write_text("{}")
-    with hold_run(tmp_path, resume=True):
+    """A run that was killed before it saved its state leaves these, the last line half written or not."""
+    (tmp_path / "args.json").write_text('{"save_path": "x"}')
+    for log in ("", '{"epoch": 1, "st', '{"epoch": 1, "step": 4}\n{"ep'):
+        (tmp_path / "log.jsonl").write_text(log)
+        for resume in (True, False):
+            with hold_run(tmp_path, resume):
+                pass
+            assert ("starting from the beginning" in capsys.readouterr().out) == resume
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name, content", [
+    ("log.jsonl", "mine\nprecious"), ("log.jsonl", '{"loss": 1}\n{"loss": 2}\n'), ("log.jsonl", b"\xff\xfe{"),
+    ("args.json", '{"learning_rate": 1}'), ("args.json", "mine"), ("net_latest.pth", "mine"),
+    ("net_latest.safetensors", "mine"),
+], ids=str)
+def test_files_of_others_are_refused_with_and_without_resume(tmp_path, name, content, resume):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"has {name} but no train_state.pth"), hold_run(tmp_path, resume):
         pass
-    assert "starting from the beginning" in capsys.readouterr().out
+    assert (tmp_path / name).read_bytes() == content
 
 
 def test_arguments_are_kept_and_a_resumed_run_says_which_it_changes(tmp_path, capsys):

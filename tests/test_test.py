@@ -119,6 +119,25 @@ def test_from_another_directory(shared, tmp_path):
     assert (tmp_path / "results/ref/real/ref.png").exists()
 
 
+def test_the_folder_of_the_results_is_looked_at_before_the_work(refused, tmp_path, monkeypatch):
+    """That of the weights which are taken in the end."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rain-1", "norain-1"):
+        save(tmp_path / f"set/{name}.png", photo(1, 16, 16))
+    (tmp_path / "results/set").mkdir(parents=True)
+    (tmp_path / "results/set/general").write_text("mine")
+    refused("test", "--test_data_path", "set", names=["results/set/general", "is a file", "expected a folder"])
+
+
+def test_results_of_all_models_are_no_inputs(run, tmp_path, monkeypatch):
+    """Of a folder that is taken with --recursive and holds the results too."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "photo.png", photo(1, 16, 16))
+    for flags in (("--save_path", BUNDLED / "general.pth"), ()):
+        result = run("test", "--test_data_path", ".", "--recursive", "--device", "cpu", "--recurrent_iter", 1, *flags)
+        assert result.status == 0 and "1 image in" in result.out, result
+
+
 @pytest.mark.parametrize("clean, weights", [(True, "general"), (False, "real")])
 def test_a_set_with_clean_images_gets_other_weights_than_photographs(run, tmp_path, monkeypatch, clean, weights):
     monkeypatch.chdir(tmp_path)
