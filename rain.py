@@ -21,46 +21,73 @@ from utils import InputError, a_path, at_least, check_folder, counted, progress,
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Ranges that a streak layer is drawn from; lengths and widths in px, levels in grey levels of 255.
+class Part:
+    """Streaks of one kind: ranges that they are drawn from. Lengths and widths are in px, levels in grey levels of 255.
 
-    A layer is drawn in passes, each of nearly parallel streaks of about the same length and level (``draw_pass``).
+    A part is drawn in a few passes, each of streaks of the same direction and length (``draw_pass``).
     """
 
-    mean: tuple  # range of the mean of the whole layer, drawn uniformly
-    directions: tuple  # range of the number of streak directions in one layer
-    angle: float  # largest angle from the vertical, degrees; small angles are drawn more often
-    spread: tuple  # range of the standard deviation of the angles of one direction, degrees
-    length: tuple  # range of the typical length of a layer's streaks, drawn uniformly in its logarithm
-    width: tuple  # each streak has one of these widths
-    level: tuple  # (a, b): the typical level of a layer's streaks is a + b * mean
+    mean: tuple  # range of the mean of the part, drawn uniformly
+    passes: tuple  # range of the number of passes
+    angle: tuple  # range of the angle from the vertical to either side, degrees; small angles are drawn more often
+    spread: float  # standard deviation of the angles of the passes around it, degrees
+    length: tuple  # range of the typical length, drawn uniformly in its logarithm
+    width: tuple  # each pass has one of these widths
+    level: tuple  # (a, b): the typical level is a + b * mean
     scatter: float  # standard deviation of the logarithm of the levels within a pass
-    hard_edged: float  # share of the passes that are not blurred
-    blur: tuple  # range of the standard deviation of the other passes' blur, px
-    cover: tuple  # range of the total length of a pass's streaks, px for each pixel of the image
+    fade: float  # the ends of a streak fade out over this share of its length
+    blur: tuple  # range of the standard deviation of a pass's blur, px
+    share: float = 1  # share of the layers that have this part
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a rainy image is drawn from: the parts of its streak layer, which add up, and mist."""
+
+    parts: tuple  # each a ``Part``
     veil: float = 0  # largest share of the light that mist replaces, drawn uniformly from 0 on
     tint: float = 0  # standard deviation of the colour channels' factors on the streaks
 
 
-# Chosen so that rain_stats.py measures the same as on RainTrainL and on 18 pairs of RainTrainH.
+# Chosen so that rain_stats.py measures the same as on the 200 pairs of RainTrainL and on 176 heavy ones.
 PRESETS = {
-    "light": Preset(
-        mean=(1.5, 10), directions=(1, 1), angle=32, spread=(0, 1), length=(13, 100), width=(1,), level=(16, 2.9),
-        scatter=0.6, hard_edged=0, blur=(0.4, 0.85), cover=(0.005, 0.02),
-    ),
-    "heavy": Preset(
-        mean=(6, 108), directions=(1, 2), angle=16, spread=(0, 1), length=(20, 140), width=(1, 1, 1, 2),
-        level=(30, 0.38), scatter=0.45, hard_edged=0.5, blur=(0.4, 0.75), cover=(0.02, 0.08),
-    ),
-    "real": Preset(  # by eye, after photographs
-        mean=(3, 40), directions=(1, 1), angle=20, spread=(0.5, 3), length=(10, 90), width=(1,), level=(12, 0.7),
-        scatter=0.5, hard_edged=0, blur=(0.4, 1.1), cover=(0.06, 0.2), veil=0.2, tint=0.04,
-    ),
+    "light": Preset((
+        Part(
+            mean=(1.8, 9), passes=(3, 5), angle=(0, 34), spread=0.8, length=(15, 70), width=(1,), level=(38, 5.5),
+            scatter=0.6, fade=0.1, blur=(0.42, 0.9),
+        ),
+        Part(  # a faint fan
+            mean=(0.15, 1.1), passes=(2, 3), angle=(0, 20), spread=14, length=(12, 50), width=(1,), level=(30, 10),
+            scatter=0.4, fade=0.3, blur=(0.42, 0.9),
+        ),
+    )),
+    "heavy": Preset((
+        Part(  # hard lines of one grey in one or two directions
+            mean=(8, 90), passes=(1, 2), angle=(0, 18), spread=6, length=(40, 95), width=(1, 1, 2), level=(45, 0.9),
+            scatter=0, fade=0.02, blur=(0.42, 0.6),
+        ),
+        Part(  # a fan of soft streaks
+            mean=(2, 36), passes=(2, 3), angle=(0, 9), spread=14, length=(48, 123), width=(1, 2), level=(50, 0.42),
+            scatter=0.4, fade=0.34, blur=(0.38, 1.2),
+        ),
+        Part(  # faint streaks that cross them
+            mean=(1, 8), passes=(1, 2), angle=(26, 55), spread=4, length=(16, 48), width=(1,), level=(25, 1),
+            scatter=0.3, fade=0.4, blur=(0.5, 1), share=0.15,
+        ),
+    )),
+    "real": Preset((
+        # By eye, after photographs.
+        Part(
+            mean=(4, 42), passes=(4, 6), angle=(0, 20), spread=2, length=(10, 90), width=(1,), level=(20, 0.9),
+            scatter=0.5, fade=0.1, blur=(0.45, 1.1),
+        ),
+    ), veil=0.2, tint=0.04),
 }
 EXACT = "light", "heavy"  # the presets with which rainy is exactly min(255, clean + S)
 AIRLIGHT = 140, 230  # range of the grey level of mist
 MAX_LEVEL = 230  # grey level of the brightest streak
-MAX_PASSES = 200
+MAX_COVER = 0.6  # largest share of the image that the streaks of a pass cover
+VARIATION = 0.3  # how much the lengths, levels and means of the passes of a part vary, each way
 # ``vary_streaks``: the largest shear in degrees, and the largest factors on widths, lengths and levels.
 VARY_ANGLE, VARY_WIDTH, VARY_LENGTH, VARY_LEVEL = 8, 1.25, 1.6, 1.35
 VARY_JOINED = 0.35  # how often a layer and its mirror image are added up: rain that falls in two directions
@@ -70,36 +97,53 @@ SAMPLE_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 SAMPLE_SIDE = 288  # px, the longer one: keeps the bundled files small
 
 
-def draw_pass(shape, direction, spread, length, level, preset, rng):
-    """Draw one pass of nearly parallel streaks.
+def draw_pass(shape, angle, length, level, mean, part, rng):
+    """Draw one pass of streaks that are equal but for their level; where they overlap, the brighter one is seen.
+
+    They are drawn upright and then sheared, which is much faster than one by one.
 
     Args:
         shape: (H, W) of the layer.
-        direction, spread: mean and standard deviation of the angles from the vertical, degrees.
-        length: mean length of the streaks, px.
-        level: their median grey level.
-        preset: a ``Preset``, for all else.
+        angle: from the vertical, degrees.
+        length: of a streak from top to bottom, px.
+        level: mean grey level of the streaks.
+        mean: what the mean of the pass is to be, about.
+        part: a ``Part``, for all else.
         rng: ``numpy.random.Generator``.
 
     Returns:
         (H, W) float32 in [0, 255].
     """
-    size, mean_angle = np.array(shape[::-1]), np.radians(direction)
-    # Some centres lie outside the frame, or its borders would be dry.
-    margin = 0.75 * length * np.abs((np.sin(mean_angle), np.cos(mean_angle)))
-    count = max(1, round(rng.uniform(*preset.cover) * np.prod(size + 2 * margin) / length))
-    angles = mean_angle + np.radians(rng.normal(0, spread, count))
-    lengths = length * rng.uniform(0.5, 1.5, count)
-    half = np.stack((np.sin(angles), np.cos(angles)), 1) * lengths[:, None] / 2
-    centres = rng.uniform(-margin, size + margin, (count, 2))
-    levels = np.minimum(level * rng.lognormal(0, preset.scatter, count), MAX_LEVEL)
-    widths = rng.choice(preset.width, count)
-    ends = np.rint(np.hstack((centres - half, centres + half)) * 16).astype(int)  # OpenCV's fixed point of 4 bits
-    layer = np.zeros(shape, np.uint8)
-    for (*start, x, y), grey, thickness in zip(ends.tolist(), levels.tolist(), widths.tolist()):
-        cv2.line(layer, start, (x, y), grey, thickness, cv2.LINE_AA, shift=4)
-    layer = layer.astype(np.float32)
-    return layer if rng.random() < preset.hard_edged else cv2.GaussianBlur(layer, (0, 0), rng.uniform(*preset.blur))
+    height, width = shape
+    length, fade = round(length), max(1, round(part.fade * length))
+    thickness = part.width[rng.integers(len(part.width))]
+    slope = np.tan(np.radians(angle))
+    # Larger than the layer by what the shear and streaks from above and below bring in.
+    upright = np.zeros((height + length + fade, width + int(abs(slope) * height) + 2), np.uint8)
+    # Streaks at random places that cover c of the image on top of one another hide 1 - exp(-c) of it.
+    cover = -np.log(1 - min(mean / level, MAX_COVER))
+    count = max(1, round(cover * upright.size / (length * thickness)))
+    levels = level * rng.lognormal(-part.scatter**2 / 2, part.scatter, count)
+    upright.ravel()[rng.integers(0, upright.size, count)] = np.minimum(levels, MAX_LEVEL)
+    upright = cv2.dilate(upright, np.ones((length, thickness), np.uint8))
+    upright = cv2.boxFilter(upright, cv2.CV_32F, (1, fade))
+    source = np.array([[1, slope, max(0, -slope * height)], [0, 1, (length + fade) // 2]])  # of pixel (x, y)
+    layer = cv2.warpAffine(upright, source, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return cv2.GaussianBlur(layer, (0, 0), rng.uniform(*part.blur))
+
+
+def draw_part(shape, part, rng):
+    """Draw the streaks of a ``Part`` on a layer of shape (H, W): (H, W) float32, unbounded."""
+    mean, length = rng.uniform(*part.mean), np.exp(rng.uniform(*np.log(part.length)))
+    level = part.level[0] + part.level[1] * mean
+    low, high = part.angle
+    angle = rng.triangular(low, low, high) * rng.choice((-1, 1))
+    layer = np.zeros(shape, np.float32)
+    count = rng.integers(part.passes[0], part.passes[1] + 1)
+    for factors in rng.uniform(1 - VARIATION, 1 + VARIATION, (count, 3)):
+        pass_length, pass_level, pass_mean = factors * (length, level, mean / count)
+        layer += draw_pass(shape, rng.normal(angle, part.spread), pass_length, pass_level, pass_mean, part, rng)
+    return layer
 
 
 def streak_layer(height, width, preset, rng):
@@ -113,22 +157,11 @@ def streak_layer(height, width, preset, rng):
     Returns:
         (height, width) uint8 grey levels to add to an image.
     """
-    preset = PRESETS[preset]
-    target = rng.uniform(*preset.mean)
-    count = rng.integers(preset.directions[0], preset.directions[1] + 1)
-    directions = rng.triangular(-preset.angle, 0, preset.angle, count)
-    spread, length = rng.uniform(*preset.spread), np.exp(rng.uniform(*np.log(preset.length)))
-    piled = rng.random() < 0.5
-    # Streaks that hide one another instead of adding up must be brighter to give the same mean.
-    level = (preset.level[0] + preset.level[1] * target) * (1 if piled else 1.5)
     layer = np.zeros((height, width), np.float32)
-    for _ in range(MAX_PASSES):
-        pass_level = level * rng.uniform(0.3, 1.7)
-        streaks = draw_pass(layer.shape, rng.choice(directions), spread, length, pass_level, preset, rng)
-        layer = np.minimum(layer + streaks, 255) if piled else np.maximum(layer, streaks)
-        if layer.mean() >= target:
-            break
-    return np.rint(layer).astype(np.uint8)
+    for part in PRESETS[preset].parts:
+        if rng.random() < part.share:
+            layer += draw_part(layer.shape, part, rng)
+    return np.minimum(layer, 255).astype(np.uint8)  # not rounded: real layers have as many pixels without rain
 
 
 def add_rain(clean, streaks):

@@ -24,7 +24,11 @@ from rain import EXACT, add_rain, extract_streaks, read_streaks, sample_photogra
 from utils import InputError, a_path, at_least, begins_with, check_file, progress, run_script, write_text
 
 HEADING = "# Drawn rain against real rain"  # by which a later run knows its table
-COLUMNS = ("mean S", "std of S", "angle, degrees", "coherence", "PSNR-Y, dB", "SSIM-Y")
+COLUMNS = (
+    "mean S", "std of S", "angle, degrees", "coherence", "PSNR-Y, dB", "SSIM-Y", "median S", "95th percentile of S",
+    "spread, degrees", "length, px",
+)
+DIGITS = 1, 1, 1, 3, 1, 3, 0, 0, 1, 1  # that the table shows
 REAL_COLOUR, DRAWN_COLOUR = (20, 60, 150), (225, 120, 20)
 WIDTH, CHART, MARGIN = 1200, 325, 60  # px
 
@@ -39,18 +43,47 @@ def streak_angle(streaks):
     return np.degrees(angle), np.hypot(across - down, 2 * mixed) / max(across + down, 1e-9)
 
 
+def spread_and_length(streaks):
+    """How far a layer's directions spread and how long its streaks are, from its power spectrum under a Hann window.
+
+    Args:
+        streaks: (H, W) uint8.
+
+    Returns:
+        spread: 80 % of the power, weighted by its frequency, lie within so many degrees of the main direction.
+        length: px along that direction until the autocorrelation has fallen to half.
+    """
+    window = np.outer(*map(np.hanning, streaks.shape))
+    power = np.abs(np.fft.fft2((streaks - np.average(streaks, weights=window)) * window)) ** 2
+    down, across = np.fft.fftfreq(len(streaks))[:, None], np.fft.fftfreq(streaks.shape[1])
+    frequency = np.hypot(down, across)
+    used = (frequency > 0.06) & (frequency < 0.5)  # below are brightness and the window, above the corners
+    degrees = np.floor(np.degrees(np.arctan2(down, across)))[used].astype(int) % 180
+    energy = np.bincount(degrees, (power * frequency)[used], 180)
+    main = energy.argmax()
+    distance = np.abs((np.arange(180) - main + 90) % 180 - 90)
+    shares = np.bincount(distance, energy).cumsum() / max(energy.sum(), 1e-9)
+    streak = np.radians(main + 0.5)  # waves run across the streaks
+    steps = np.outer((np.cos(streak), -np.sin(streak)), np.arange(min(streaks.shape) // 2))
+    along = np.fft.ifft2(power).real[tuple(np.rint(steps).astype(int))]
+    return np.count_nonzero(shares < 0.8), np.count_nonzero(np.minimum.accumulate(along) > along[0] / 2)
+
+
 def describe(rainy, clean):
-    """The six figures of ``COLUMNS`` for a rainy image that is clean + S, both (H, W, 3) uint8."""
+    """The figures of ``COLUMNS`` for a rainy image that is clean + S, both (H, W, 3) uint8."""
     streaks = extract_streaks(rainy, clean)
     scores = measure(rainy, clean)
-    return streaks.mean(), streaks.std(), *streak_angle(streaks), scores["psnr_y"], scores["ssim_y"]
+    return (
+        streaks.mean(), streaks.std(), *streak_angle(streaks), scores["psnr_y"], scores["ssim_y"],
+        *np.percentile(streaks, (50, 95)), *spread_and_length(streaks),
+    )
 
 
 def describe_set(folder, seed):
     """Measure the rain of a folder of pairs, and each preset drawn on its clean images.
 
     Returns:
-        {"real" or a preset's name: (pairs, 6) array, a row of ``describe`` for each pair}.
+        {"real" or a preset's name: (pairs, columns) array, a row of ``describe`` for each pair}.
     """
     pairs, alone, unused = find_pairs(folder)
     report_left_out(folder, [*alone, *unused])
@@ -69,7 +102,7 @@ def table_row(folder, name, rows):
 
     Args:
         folder, name: the data set, and a key of ``describe_set``.
-        rows: (pairs, 6) array of ``describe``. Of the angles, the amount counts, and its median is given.
+        rows: (pairs, columns) array of ``describe``. Of the angles, the amount counts, and its median is given.
     """
     rows = rows.copy()
     rows[:, 2] = np.abs(rows[:, 2])
@@ -77,7 +110,7 @@ def table_row(folder, name, rows):
     middles[2] = np.median(rows[:, 2])
     low, high = np.percentile(rows, (10, 90), axis=0)
     cells = []
-    for middle, a, b, digits in zip(middles, low, high, (1, 1, 1, 3, 1, 3)):
+    for middle, a, b, digits in zip(middles, low, high, DIGITS):
         cells.append(f"{middle:.{digits}f} ({a:.{digits}f} to {b:.{digits}f})")
     return f"| {Path(folder).name} | {name} | {len(rows)} | " + " | ".join(cells) + " |"
 
@@ -88,7 +121,7 @@ def draw_chart(draw, corner, groups, columns, font):
     Args:
         draw: ``PIL.ImageDraw.Draw`` to draw on.
         corner: (left, top) of the chart, px.
-        groups: pairs of a colour and the (N, 6) rows that are drawn in it.
+        groups: pairs of a colour and the (N, columns) rows that are drawn in it.
         columns: the indices of the columns for the x and the y axis.
         font: of the labels.
     """
@@ -169,7 +202,9 @@ def main():
     lines = [
         HEADING, "",
         "Means over the images and, in brackets, the 10th and 90th percentile; of the angle from the vertical, the",
-        "median of its amount. The presets were drawn on the clean images of each set.", "",
+        "median of its amount. Spread: 80 % of the spectral power lie within so many degrees of the main direction.",
+        "Length: px along that direction over which the autocorrelation falls to half. The presets were drawn on the",
+        "clean images of each set.", "",
         f"Command: `python rain_stats.py {shlex.join(sys.argv[1:])}`", "",
         "| set | rain | images | " + " | ".join(COLUMNS) + " |", "| --- " * (3 + len(COLUMNS)) + "|",
     ]
@@ -177,7 +212,7 @@ def main():
     print(*lines[-3 * len(sets) - 2 :], sep="\n")
     if args.output:
         write_text(table, "\n".join(lines) + "\n")
-        write_image(picture, draw_picture(sets, args.seed), Metadata(software=MARK), quality=65)
+        write_image(picture, draw_picture(sets, args.seed), Metadata(software=MARK), quality=42)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """rain.py: the rain model holds to the pixel, the files are what the other scripts find."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,8 +9,8 @@ from conftest import ROOT, contents, photo, save, with_rain
 from images import is_marked, read_rgb
 from pairs import find_pairs, read_pair
 from rain import (
-    EXACT, PRESETS, TrainingRain, add_rain, draw_rain, extract_streaks, fit_streaks, follows_model, streak_layer,
-    vary_streaks,
+    EXACT, PRESETS, TrainingRain, add_rain, draw_pass, draw_rain, extract_streaks, fit_streaks, follows_model,
+    streak_layer, vary_streaks,
 )
 
 
@@ -46,15 +48,31 @@ def test_seed_decides(run, photographs, tmp_path):
     assert all((a[name] == c[name]) == name.startswith("norain") for name in a)
 
 
-@pytest.mark.parametrize("preset, tolerance", [("light", 1.5), ("heavy", 6)])
-def test_layers_have_their_presets_mean(preset, tolerance):
-    """The last pass may overshoot the drawn mean a little."""
-    low, high = PRESETS[preset].mean
-    layers = [streak_layer(160, 200, preset, np.random.default_rng(seed)) for seed in range(24)]
+@pytest.mark.parametrize("preset", EXACT)
+def test_layers_have_their_presets_mean(preset):
+    """The parts add up. Streaks lie at random, so that a layer's mean is the drawn one only about."""
+    low, high = np.sum([part.mean for part in PRESETS[preset].parts if part.share == 1], axis=0)
+    layers = [streak_layer(160, 200, preset, np.random.default_rng(seed)) for seed in range(40)]
     assert all(layer.dtype == np.uint8 and layer.shape == (160, 200) for layer in layers)
     means = np.array([layer.mean() for layer in layers])
-    assert means.min() >= low - 0.5 and means.max() <= high + tolerance, means
-    assert means.min() < low + (high - low) / 4 and means.max() > high - (high - low) / 4, "the range is used"
+    assert means.min() >= low / 2 and means.max() <= 1.3 * high, means
+    assert abs(means.mean() - (low + high) / 2) < (high - low) / 8, means.mean()
+    assert means.min() < low + (high - low) / 4 and means.max() > high - (high - low) / 3, "the range is used"
+
+
+@pytest.mark.parametrize("angle", [-35, -5, 0, 20])
+def test_a_pass_has_the_direction_length_level_and_mean_that_it_is_told(angle):
+    part = replace(PRESETS["heavy"].parts[0], scatter=0, width=(3,), blur=(0.7, 0.7))
+    layer = draw_pass((300, 340), angle, 40, 100, 10, part, np.random.default_rng(1))
+    assert layer.shape == (300, 340) and 0 <= layer.min() and layer.max() == pytest.approx(100, abs=3)
+    found, _ = rain_stats.streak_angle(layer)
+    assert found == pytest.approx(angle, abs=2)
+    assert layer.mean() == pytest.approx(10, rel=0.15)
+    for border in (layer[:20], layer[-20:], layer[:, :20], layer[:, -20:]):
+        assert border.mean() == pytest.approx(10, rel=0.6), "no dry border"
+    upright = draw_pass((300, 340), 0, 40, 100, 1, part, np.random.default_rng(1)) > 50
+    runs = np.diff(np.flatnonzero(np.diff(np.pad(upright, ((1, 1), (0, 0))).T.ravel())))[::2]
+    assert np.median(runs) == 40
 
 
 def test_streaks_are_mostly_vertical():
@@ -228,7 +246,7 @@ def test_either_preset_is_drawn():
     means = [
         TrainingRain(1, "both")(clean, clean, True, None, np.random.default_rng(seed)).mean() for seed in range(40)
     ]
-    light = sum(mean < PRESETS["light"].mean[1] + 2 for mean in means)
+    light = sum(mean < 15 for mean in means)
     assert 8 < light < 32 and max(means) > 40
 
 
@@ -329,6 +347,19 @@ def test_angle_and_coherence_of_parallel_streaks(angle):
     assert coherence < 0.1
 
 
+@pytest.mark.parametrize("angle", [-40, 0, 15])
+def test_spread_and_length_of_streaks(angle):
+    """Of streaks of one length and direction, and of noise, which has none."""
+    part = replace(PRESETS["heavy"].parts[0], scatter=0, fade=0, width=(3,), blur=(0.7, 0.7))
+    streaks = draw_pass((321, 481), angle, 50, 100, 15, part, np.random.default_rng(0)).astype(np.uint8)
+    spread, length = rain_stats.spread_and_length(streaks)
+    # The autocorrelation of a line of n px falls to half after n / 2. A line that leans is longer.
+    assert spread <= 8 and length == pytest.approx(25 / np.cos(np.radians(angle)), abs=4), (spread, length)
+    crossed = streaks + draw_pass(streaks.shape, angle + 20, 50, 100, 15, part, np.random.default_rng(1))
+    assert 17 <= rain_stats.spread_and_length(crossed)[0] <= 23
+    assert rain_stats.spread_and_length(np.random.default_rng(0).integers(0, 255, (160, 160)))[0] > 60
+
+
 def test_comparison_is_written(run, pairs_dir, tmp_path):
     result = run("rain_stats", "--data_path", pairs_dir, "--output", tmp_path / "out/rain")
     assert result.status == 0, result
@@ -349,9 +380,9 @@ def test_comparison_is_only_printed_without_a_place_for_it(run, pairs_dir, tmp_p
     assert is_marked(ROOT / "results/rain.jpg"), "or the command of results/rain.md is refused"
 
 
-@pytest.mark.parametrize("preset, data_set", [("light", "RainTrainL"), ("heavy", "RainTrainH")])
+@pytest.mark.parametrize("preset, data_set", [("light", "RainTrainL"), ("heavy", "RainTrainH"), ("heavy", "RainHeavy")])
 def test_presets_look_like_the_real_sets(shared, preset, data_set):
-    """Mean and deviation of S, angle, coherence, PSNR and SSIM, of 18 layers on the backgrounds of real pairs."""
+    """All that rain_stats.py measures, of 18 layers on the backgrounds of real pairs."""
     pairs = find_pairs(shared / "data/train" / data_set).pairs
     real, drawn = [], []
     for number, pair in enumerate(pairs[:: len(pairs) // 18][:18]):
@@ -362,4 +393,4 @@ def test_presets_look_like_the_real_sets(shared, preset, data_set):
     real, drawn = np.abs(real), np.abs(drawn)
     # Half the real spread between 10th and 90th percentile is how far the averages may lie apart.
     low, high = np.percentile(real, (10, 90), axis=0)
-    assert (np.abs(np.median(drawn, 0) - np.median(real, 0)) < (high - low) / 2).all(), (drawn.mean(0), real.mean(0))
+    assert (np.abs(np.median(drawn, 0) - np.median(real, 0)) <= (high - low) / 2).all(), (drawn.mean(0), real.mean(0))
