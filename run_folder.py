@@ -50,13 +50,13 @@ def hold_run(folder, resume):
                 f"--save_path {folder}: holds another run; give --resume to continue it, or another folder"
             )
         if not found:
-            refuse_other_files(folder)
+            refuse_other_files(folder, "--resume" if resume else "--save_path")
         if resume and not found:
             print(f"{folder}: nothing was saved there yet; starting from the beginning")
         yield
 
 
-def refuse_other_files(folder):
+def refuse_other_files(folder, option):
     """Refuse a folder without a state where a run would write over files that no run has left.
 
     One that was killed before it saved its state leaves its options and a log, but not these weights.
@@ -71,7 +71,7 @@ def refuse_other_files(folder):
         taken.append("args.json")
     if taken:
         raise InputError(
-            f"--save_path {folder}: has {taken[0]} but no {STATE_FILE}; expected a stopped run's folder, or another one"
+            f"{option} {folder}: has {taken[0]} but no {STATE_FILE}; expected a stopped run's folder, or another one"
         )
 
 
