@@ -167,7 +167,6 @@ def check_options(args):
     for name in ("save_path", "recursive", "self_ensemble"):
         if args.results_path and getattr(args, name):
             raise InputError(f"--results_path measures pictures that are there; expected no --{name}")
-    check_folder("--output_path", args.output_path)
     if args.quality > 100:
         raise InputError(f"--quality {args.quality}: expected 1 to 100")
     if Path(args.suffix).name != args.suffix:
