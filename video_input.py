@@ -158,6 +158,7 @@ class VideoFile:
         while failures < MAX_FAILURES:
             # The library logs only while it is asked for a packet here: from its other threads it might wait for this.
             av.logging.set_level(av.logging.ERROR)
+            av.logging.set_skip_repeated(False)  # or of two files with the same damage one would seem sound
             try:
                 with av.logging.Capture() as log:
                     packet = next(packets, None)

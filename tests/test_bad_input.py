@@ -300,6 +300,7 @@ FILES = {  # script: (its arguments, and the name of the file that it would writ
     "rain_stats, picture": (("--data_path", "pairs", "--output", "a"), "a.jpg"),
     "ablation": (("--data_path", "pairs", "--output", "a.md"), "a.md"),
     "bench": (("--sizes", "8x8", "--steps", 0, "--json", "a.json"), "a.json"),
+    "checkpoints": (("model", "a.pth"), "a.pth"),
 }
 
 

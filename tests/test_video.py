@@ -666,9 +666,14 @@ def test_lost_frames_are_replaced_and_reported(kept, tmp_path, codec):
         options={"x265-params": "log-level=none"} if codec == "libx265" else {},
     )
     times = times_of(source)
-    output, result = kept(damage(source))
+    with av.open(str(source)) as container:
+        packets = [(packet.pos, packet.pts * packet.time_base) for packet in container.demux(video=0) if packet.size]
+    start = packets[16][0] / source.stat().st_size
+    output, result = kept(damage(source, start, start + 0.15))
     got = times_of(output)
-    assert result.faults and set(got) <= set(times) and len(got) > 5
+    assert result.faults and set(got) <= set(times) and len(got) > 10
+    assert {time for _, time in packets[:15]} <= set(got), "all before the damage"
+    assert kept(source)[1].faults == result.faults, "of the next file with the same damage, too"
     if codec == "prores_ks":
         assert got == times
 
