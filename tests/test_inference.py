@@ -1,4 +1,5 @@
 """The strip runner against the plain network: same numbers, whatever the size, the strips and the memory."""
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,25 @@ def test_threads_that_share_the_strips_change_nothing(monkeypatch):
         torch.set_num_threads(before)
     for result in results:  # the gates are computed by all threads, so they sum up in another order
         torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+def test_a_thread_for_strips_uses_one_core():
+    """Also after its first operation, with which PyTorch applies the setting of the whole process to a new thread."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = threading.Barrier(2)
+
+        def used(start, stop):
+            together.wait()  # so that each of the two threads has a strip
+            torch.rand(2**18).sigmoid_()
+            return threading.get_ident(), torch.get_num_threads()
+
+        inference.strip_threads.cache_clear()
+        used_by = dict(inference.for_each(used, [(0, 1), (1, 2)], torch.device("cpu")))
+        assert list(used_by.values()) == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_strip_that_fails_ends_the_image(monkeypatch):
