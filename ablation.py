@@ -4,8 +4,9 @@ r"""Compare the semantic losses: train once for each choice of terms, with equal
     python ablation.py --data_path datasets/train/RainSynth --output results/trial/table.md --val_pairs 1 \
         --max_steps 10 --patch_size 48 --batch_size 4
 
-The second command trains five networks and writes a table of their PSNR, SSIM, LPIPS and PCL on the pairs that all of
-them held out. Ten small steps, which take a few minutes, show how it works and say nothing about the losses. The
+The second command trains five networks and writes tables of their PSNR, SSIM, LPIPS and PCL on the pairs that all of
+them held out, and on those of --val_path. With several --seeds it trains as many times five, and each cell has a figure
+for each seed. Ten small steps, which take a few minutes, show how it works and say nothing about the losses. The
 weights of VGG-16 and AlexNet are downloaded, or taken from --backbone_dir.
 
 Options that this script does not have are passed on to each train.py, such as --patch_size here.
@@ -24,9 +25,10 @@ from inference import StripRunner, to_image, to_tensor
 from losses import LPIPSLoss, PerceptualContrastiveLoss
 from metrics import measure
 from pairs import find_pairs, hold_out, read_pair
+from training_sets import counted_folder
 from utils import (
-    InputError, RunError, a_path, at_least, begins_with, check_file, check_folder, counted, progress, run_script,
-    write_text,
+    InputError, RunError, a_path, add_flag, at_least, begins_with, check_file, check_folder, counted, progress,
+    run_script, write_text,
 )
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
@@ -37,9 +39,10 @@ RUNS = {
     "pixel + PCL + LPISL": (0.4, 1.0),
     "pixel + PCL + LPISL, a quarter of their weights": (0.1, 0.25),
 }
+DIGITS = 3, 4, 4, 4  # of each figure in a table
 HEADING = "# Ablation of the semantic losses"  # by which a later run knows its table
 # Options of train.py that are set for each run, or would change which pairs it holds out.
-NOT_PASSED_ON = ("--save_path", "--exclude_test", "--clean_path", "--side_by_side")
+NOT_PASSED_ON = ("--save_path", "--exclude_test", "--clean_path", "--side_by_side", "--seed")
 
 
 def parse_args(argv=None):
@@ -48,11 +51,19 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--data_path", type=a_path(str), required=True, metavar="DIR",
-        help="folder of pairs to train on and hold out from"
+        "--data_path", type=a_path(str), nargs="+", required=True, metavar="DIR[:N]",
+        help="folders of pairs to train on and hold out from; DIR:40 counts 40 times"
     )
     parser.add_argument(
-        "--val_pairs", type=at_least(1), default=20, metavar="N", help="hold out N backgrounds (default: 20)"
+        "--val_pairs", type=at_least(0), nargs="+", default=[20], metavar="N",
+        help="hold out N backgrounds of each folder; several numbers: one for each folder (default: 20)"
+    )
+    parser.add_argument(
+        "--val_path", type=a_path(str), metavar="DIR",
+        help="further pairs to measure on; what shows a background of theirs is not trained on"
+    )
+    parser.add_argument(
+        "--seeds", type=at_least(0), nargs="+", default=[0], metavar="SEED", help="train with each of them (default: 0)"
     )
     parser.add_argument("--max_steps", type=at_least(1), default=500, help="steps of each run (default: 500)")
     parser.add_argument("--epochs", type=at_least(1), default=100, help="at most so many (default: 100)")
@@ -64,7 +75,12 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output", type=a_path(), metavar="FILE", help="also write the table to this file, anew after each run"
     )
+    add_flag(parser, "--resume", False, "go on where this script was stopped, with the same options")
     args, passed_on = parser.parse_known_args(argv)
+    if len(args.val_pairs) not in (1, len(args.data_path)):
+        parser.error(f"argument --val_pairs: expected one number, or {len(args.data_path)}, one for each --data_path")
+    if not any(args.val_pairs) and not args.val_path:
+        raise InputError("--val_pairs: nothing to measure on; expected 1 or more, or --val_path DIR")
     for option in passed_on:
         name = option.partition("=")[0]
         if name.startswith("--") and any(refused.startswith(name) for refused in NOT_PASSED_ON):
@@ -94,17 +110,69 @@ def evaluate(weights, pairs, lpips, pcl):
     return np.mean(rows, axis=0)
 
 
-def table_head(args, measured):
-    """The lines above the rows of the table; ``measured`` is the number of pairs held out."""
-    return [
+def measured_pairs(args):
+    """What the networks are measured on: {what it is: its pairs}. train.py holds out the same."""
+    chosen, counts = {}, args.val_pairs * (len(args.data_path) if len(args.val_pairs) == 1 else 1)
+    for text, count in zip(args.data_path, counts):
+        folder, _ = counted_folder(text)
+        if count:
+            held_out = hold_out(find_pairs(folder).pairs, count)
+            chosen[f"{counted(len(held_out), 'pair')} held out of {folder}"] = held_out
+    if args.val_path:
+        further = find_pairs(args.val_path, "--val_path").pairs
+        chosen[f"{counted(len(further), 'pair')} of {args.val_path}"] = further
+    return chosen
+
+
+def table_of(title, scores):
+    """The lines of the table of one set of pairs.
+
+    Args:
+        title: what was measured on.
+        scores: {name of the losses: [(4,) array of ``evaluate`` for each seed]}.
+    """
+    lines = [f"## {title[0].upper()}{title[1:]}", "", "| loss | PSNR-Y, dB | SSIM-Y | LPIPS | PCL |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, seeds in scores.items():
+        cells = (" / ".join(f"{score:.{digits}f}" for score in column) for column, digits in zip(zip(*seeds), DIGITS))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def report(args, scores):
+    """The text of the tables; ``scores`` is {what was measured on: as for ``table_of``}."""
+    seeds = f"Seeds {' / '.join(map(str, args.seeds))}" if len(args.seeds) > 1 else "Equal seed"
+    lines = [
         HEADING, "",
-        f"Equal seed and {counted(args.max_steps, 'step')} for all; measured on {counted(measured, 'pair')} of the"
-        " training folder that no",
-        "run has seen. Lower is better for LPIPS (AlexNet) and PCL.", "",
+        f"{seeds} and {counted(args.max_steps, 'step')} for all. No run has seen what is measured on, nor its",
+        "backgrounds. Lower is better for LPIPS (AlexNet) and PCL.", "",
         f"Command: `python ablation.py {shlex.join(sys.argv[1:])}`",
-        f"(PyTorch {torch.__version__}, {torch.get_num_threads()} threads).", "",
-        "| loss | PSNR-Y, dB | SSIM-Y | LPIPS | PCL |", "| --- | --- | --- | --- | --- |",
+        f"(PyTorch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}).",
     ]
+    for title, rows in scores.items():
+        lines += ["", *table_of(title, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def train(args, passed_on, seed, weights, folder):
+    """Run train.py with these weights of PCL and LPISL.
+
+    Raises:
+        RunError: it failed.
+    """
+    command = [
+        sys.executable, str(TRAIN), "--data_path", *args.data_path, "--val_pairs", *map(str, args.val_pairs),
+        "--seed", str(seed), "--max_steps", str(args.max_steps), "--epochs", str(args.epochs),
+        "--w_contrast", str(weights[0]), "--w_lpips", str(weights[1]), "--use_seg_stage1", "False",
+        "--save_path", str(folder), *passed_on,
+    ]
+    for option, value in (("--val_path", args.val_path), ("--backbone_dir", args.backbone_dir)):
+        command += [option, value] if value else []
+    if args.resume and (folder / "args.json").is_file():
+        command.append("--resume")
+    print(shlex.join(command[1:]), flush=True)
+    if subprocess.run(command).returncode:
+        raise RunError(f"{folder}: train.py failed; expected --resume when its cause is mended")
 
 
 def main():
@@ -112,27 +180,19 @@ def main():
     check_folder("--logs", args.logs)
     if args.output:
         check_file("--output", args.output, begins_with(HEADING))
-    held_out = hold_out(find_pairs(args.data_path).pairs, args.val_pairs)  # what train.py chooses from this folder too
+    measured = measured_pairs(args)
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
-    files = ["--backbone_dir", args.backbone_dir] if args.backbone_dir else []
-    lines = table_head(args, len(held_out))
-    print(*lines, sep="\n", flush=True)
-    for number, (name, (w_contrast, w_lpips)) in enumerate(RUNS.items()):
-        folder = args.logs / f"run{number}"
-        command = [
-            sys.executable, str(TRAIN), "--data_path", args.data_path, "--val_pairs", str(args.val_pairs),
-            "--max_steps", str(args.max_steps), "--epochs", str(args.epochs), "--w_contrast", str(w_contrast),
-            "--w_lpips", str(w_lpips), "--use_seg_stage1", "False", "--save_path", str(folder), *files, *passed_on,
-        ]
-        print(shlex.join(command[1:]), flush=True)
-        if subprocess.run(command).returncode:
-            raise RunError(f"{name}: train.py failed; the rows above are of the runs before it")
-        scores = evaluate(folder / "net_latest.pth", held_out, lpips, pcl)
-        figures = (f"{score:.{digits}f}" for score, digits in zip(scores, (3, 4, 4, 4)))
-        lines.append(f"| {name} | " + " | ".join(figures) + " |")
-        print(lines[-1], flush=True)
-        if args.output:
-            write_text(args.output, "\n".join(lines) + "\n")
+    scores = {title: {} for title in measured}
+    for seed in args.seeds:
+        for number, (name, weights) in enumerate(RUNS.items()):
+            folder = args.logs / f"seed{seed}" / f"run{number}"
+            train(args, passed_on, seed, weights, folder)
+            for title, pairs in measured.items():
+                figures = evaluate(folder / "net_latest.pth", pairs, lpips, pcl)
+                scores[title].setdefault(name, []).append(figures)
+            if args.output:
+                write_text(args.output, report(args, scores))
+    print(report(args, scores), end="")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,59 @@
 """The ablation trains every choice of terms and measures all of them on pairs that none has seen."""
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 import ablation
 from conftest import photo, save
 
 
+def figures(table):
+    """[of each set of pairs: [of each row: (figures, seeds) array]] of a table's text."""
+    sections = table.split("## ")[1:]
+    rows = [[line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| pixel")] for text in sections]
+    return [[np.array([cell.strip(" |").split(" / ") for cell in row], float) for row in section] for section in rows]
+
+
 @pytest.mark.slow
 def test_each_run_is_measured_on_the_pairs_that_it_held_out(run, shared, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "RUNS", {name: ablation.RUNS[name] for name in ("pixel", "pixel + PCL + LPISL")})
     monkeypatch.chdir(tmp_path)
-    for number in range(4):
-        save(tmp_path / f"clean/{number}.png", photo(number))
+    for number in range(6):
+        save(tmp_path / f"{'clean' if number < 4 else 'others'}/{number}.png", photo(number))
     assert run("rain", "--clean", "clean", "--out", "pairs", "--per_image", 2).status == 0
-    result = run(
-        "ablation", "--data_path", "pairs", "--val_pairs", 2, "--max_steps", 1, "--backbone_dir", shared / "weights",
-        "--logs", "logs", "--output", "table.md", "--patch_size", 40, "--recurrent_iter", 1, "--batch_size", 2,
-        "--num_workers", 0, "--device", "cpu",
-    )
-    assert result.status == 0, result
+    assert run("rain", "--clean", "others", "--out", "further").status == 0
+    command = [
+        "ablation", "--data_path", "pairs", "--val_pairs", 2, "--val_path", "further", "--max_steps", 1,
+        "--seeds", 0, 1, "--backbone_dir", shared / "weights", "--logs", "logs", "--output", "table.md",
+        "--patch_size", 40, "--recurrent_iter", 1, "--batch_size", 2, "--num_workers", 0, "--device", "cpu",
+    ]
+    assert run(*command).status == 0
     table = (tmp_path / "table.md").read_text()
-    assert "measured on 2 pairs" in table and "--val_pairs 2" in table
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| pixel")]
-    assert [row[0] for row in rows] == [*ablation.RUNS]
-    for number, row in enumerate(rows):
-        psnr, ssim, lpips, pcl = map(float, row[1:])
-        validated = json.loads((tmp_path / f"logs/run{number}/log.jsonl").read_text().splitlines()[-1])
-        assert psnr == pytest.approx(validated["val_psnr_y"], abs=0.002), "measured on other pairs than train.py"
-        assert ssim == pytest.approx(validated["val_ssim_y"], abs=2e-4) and lpips > 0 and pcl > 0
-    assert rows[0][1:] != rows[1][1:]
+    assert "2 pairs held out of pairs" in table and "2 pairs of further" in table and "--val_pairs 2" in table
+    held_out, further = figures(table)
+    assert len(held_out) == len(further) == 2
+    for number, both in enumerate(zip(held_out, further)):
+        for seed, (psnr, ssim, lpips, pcl) in enumerate(np.mean(both, axis=0).T):
+            log = (tmp_path / f"logs/seed{seed}/run{number}/log.jsonl").read_text()
+            validated = json.loads(log.splitlines()[-1])
+            assert psnr == pytest.approx(validated["val_psnr_y"], abs=0.002), "measured on other pairs than train.py"
+            assert ssim == pytest.approx(validated["val_ssim_y"], abs=2e-4) and lpips > 0 and pcl > 0
+    first, second = held_out
+    assert (first != second).any() and (first[:, 0] != first[:, 1]).any(), "the losses and seeds change nothing"
+
+    # What was stopped before its last run goes on with that alone.
+    monkeypatch.setattr(ablation, "RUNS", {"pixel": ablation.RUNS["pixel"]})
+    shutil.rmtree(tmp_path / "logs/seed1/run0")
+    before = (tmp_path / "logs/seed0/run0/log.jsonl").read_text()
+    assert run(*command, "--resume").status == 0
+    assert np.array_equal(figures((tmp_path / "table.md").read_text()), [held_out[:1], further[:1]])
+    assert (tmp_path / "logs/seed0/run0/log.jsonl").read_text() == before
+
+
+def test_nothing_to_measure_on_is_refused(refused, tmp_path):
+    refused("ablation", "--data_path", tmp_path, "--val_pairs", 0, names=["--val_pairs", "--val_path"])
 
 
 @pytest.mark.parametrize("option", ["--exclude_test", "--clean_path=clean", "--save_path", "--excl"])
