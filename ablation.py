@@ -12,6 +12,7 @@ weights of VGG-16 and AlexNet are downloaded, or taken from --backbone_dir.
 Options that this script does not have are passed on to each train.py, such as --patch_size here.
 """
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -41,8 +42,12 @@ RUNS = {
 }
 DIGITS = 3, 4, 4, 4  # of each figure in a table
 HEADING = "# Ablation of the semantic losses"  # by which a later run knows its table
-# Options of train.py that are set for each run, or would change which pairs it holds out.
-NOT_PASSED_ON = ("--save_path", "--exclude_test", "--clean_path", "--side_by_side", "--seed")
+NOT_PASSED_ON = (  # options of train.py that are set for each run, or would make the runs unequal or not comparable
+    "--data_path", "--val_pairs", "--val_path", "--exclude_test", "--clean_path", "--side_by_side", "--init_weights",
+    "--max_steps", "--epochs", "--stop_after", "--seed", "--save_path", "--resume", "--use_stage1",
+    "--use_contrast", "--use_lpips", "--use_seg_stage1", "--w_contrast", "--w_lpips", "--backbone_dir",
+)
+OPTIONS = "options.json"  # in the folder of the runs: what --resume compares
 
 
 def parse_args(argv=None):
@@ -66,7 +71,6 @@ def parse_args(argv=None):
         "--seeds", type=at_least(0), nargs="+", default=[0], metavar="SEED", help="train with each of them (default: 0)"
     )
     parser.add_argument("--max_steps", type=at_least(1), default=500, help="steps of each run (default: 500)")
-    parser.add_argument("--epochs", type=at_least(1), default=100, help="at most so many (default: 100)")
     parser.add_argument("--backbone_dir", type=a_path(str), metavar="DIR", help="folder of the backbones' weights")
     parser.add_argument(
         "--logs", type=a_path(), default=Path("logs/ablation"), metavar="DIR",
@@ -81,11 +85,30 @@ def parse_args(argv=None):
         parser.error(f"argument --val_pairs: expected one number, or {len(args.data_path)}, one for each --data_path")
     if not any(args.val_pairs) and not args.val_path:
         raise InputError("--val_pairs: nothing to measure on; expected 1 or more, or --val_path DIR")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"argument --seeds: expected each once, got {' '.join(map(str, args.seeds))}")
     for option in passed_on:
         name = option.partition("=")[0]
         if name.startswith("--") and any(refused.startswith(name) for refused in NOT_PASSED_ON):
             raise InputError(f"{name}: not one of the options that can be passed on to train.py")
     return args, passed_on
+
+
+def check_runs(args, passed_on):
+    """See that the folders of the runs are free, or with --resume that they are of the same options.
+
+    Raises:
+        InputError: they are not.
+    """
+    used = [folder for folder in map(args.logs.joinpath, map("seed{}".format, args.seeds)) if folder.exists()]
+    if used and not args.resume:
+        raise InputError(f"--logs: {used[0]} is there already; expected --resume to go on with it, or another folder")
+    options = {name: value for name, value in vars(args).items() if name not in ("seeds", "logs", "output", "resume")}
+    options, kept = {**options, "passed on": passed_on}, args.logs / OPTIONS
+    before = json.loads(kept.read_text()) if args.resume and kept.is_file() else options
+    if changed := [name for name in options if before.get(name) != options[name]]:
+        raise InputError(f"--resume {kept}: {changed[0]} was {before.get(changed[0])}; expected the options of that time")
+    write_text(kept, json.dumps(options, indent=2) + "\n")
 
 
 @torch.inference_mode()
@@ -131,7 +154,7 @@ def table_of(title, scores):
         title: what was measured on.
         scores: {name of the losses: [(4,) array of ``evaluate`` for each seed]}.
     """
-    lines = [f"## {title[0].upper()}{title[1:]}", "", "| loss | PSNR-Y, dB | SSIM-Y | LPIPS | PCL |"]
+    lines = [f"## {title}", "", "| loss | PSNR-Y, dB | SSIM-Y | LPIPS | PCL |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for name, seeds in scores.items():
         cells = (" / ".join(f"{score:.{digits}f}" for score in column) for column, digits in zip(zip(*seeds), DIGITS))
@@ -162,7 +185,7 @@ def train(args, passed_on, seed, weights, folder):
     """
     command = [
         sys.executable, str(TRAIN), "--data_path", *args.data_path, "--val_pairs", *map(str, args.val_pairs),
-        "--seed", str(seed), "--max_steps", str(args.max_steps), "--epochs", str(args.epochs),
+        "--seed", str(seed), "--max_steps", str(args.max_steps), "--epochs", str(args.max_steps),  # no fewer steps
         "--w_contrast", str(weights[0]), "--w_lpips", str(weights[1]), "--use_seg_stage1", "False",
         "--save_path", str(folder), *passed_on,
     ]
@@ -171,7 +194,13 @@ def train(args, passed_on, seed, weights, folder):
     if args.resume and (folder / "args.json").is_file():
         command.append("--resume")
     print(shlex.join(command[1:]), flush=True)
-    if subprocess.run(command).returncode:
+    with subprocess.Popen(command) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it saves what --resume needs; subprocess.run would kill it
+            raise
+    if process.returncode:
         raise RunError(f"{folder}: train.py failed; expected --resume when its cause is mended")
 
 
@@ -181,6 +210,7 @@ def main():
     if args.output:
         check_file("--output", args.output, begins_with(HEADING))
     measured = measured_pairs(args)
+    check_runs(args, passed_on)
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
     scores = {title: {} for title in measured}
     for seed in args.seeds:
@@ -190,6 +220,7 @@ def main():
             for title, pairs in measured.items():
                 figures = evaluate(folder / "net_latest.pth", pairs, lpips, pcl)
                 scores[title].setdefault(name, []).append(figures)
+                print(f"{name}, seed {seed}, {title}: PSNR-Y, SSIM-Y, LPIPS, PCL", *figures.round(4), flush=True)
             if args.output:
                 write_text(args.output, report(args, scores))
     print(report(args, scores), end="")

@@ -80,7 +80,10 @@ def parse_args(argv=None):
         help="with --engines: time them beside N processes that keep a core busy too",
     )
     parser.add_argument("--json", type=a_path(str), metavar="FILE", help="also write the rows to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.busy and not args.engines:
+        parser.error("argument --busy: expected --engines with it")
+    return args
 
 
 def load_baseline(text):
@@ -176,11 +179,16 @@ def peak_memory(*job):
     return queue.get() if process.exitcode == 0 else None
 
 
+def cpu_precisions():
+    """The precisions worth timing on this processor: without units for it, bf16 takes many times as long as fp32."""
+    return ["fp32", "bf16"] if fast_bfloat16(torch.device("cpu")) else ["fp32"]
+
+
 def bench_inference(args, device):
     """Time inference at each of --sizes, print the rows and return them."""
     rows = []
     for size in args.sizes:
-        names = ["fp32", "bf16"] if device.type == "cpu" else [*PRECISIONS]
+        names = cpu_precisions() if device.type == "cpu" else [*PRECISIONS]
         if args.baseline and size[0] * size[1] <= BASELINE_PIXELS:
             names.insert(0, "baseline")
         image = torch.rand(1, 3, *size, device=device)
@@ -296,6 +304,9 @@ def bench_data(args):
         rows.append({"what": f"packing {counted(len(patches.names), 'pair')}", "seconds": seconds})
         rows[-1]["megabytes"] = patches.paths[0].stat().st_size / 1e6
         report(rows[-1])
+        if (count := len(TrainingPatches([patches]))) < 2 * BATCH:
+            print(f"{args.data_path}: {counted(count, 'patch')}; expected {2 * BATCH} or more to time the loader")
+            return rows
         for workers in sorted({1, 2, loader_processes()}):
             for rain in (None, TrainingRain(synth=1, preset="heavy")):
                 dataset = TrainingPatches([patches], rain=rain)
@@ -333,7 +344,7 @@ def main():
     args = parse_args()
     if args.json:
         check_file("--json", args.json, begins_with(JSON_START))
-    device = pick_device(args.device)
+    device = pick_device("cpu" if args.engines else args.device)
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
@@ -344,7 +355,7 @@ def main():
         machine |= check_packages()
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ", flush=True)
     if args.engines:
-        rows = compare_engines(args, report)
+        rows = compare_engines(args, cpu_precisions(), report)
     else:
         rows = bench_inference(args, device)
         if args.steps:

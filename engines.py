@@ -5,6 +5,7 @@
 
 compares plain PyTorch, ``StripRunner``, onnxruntime and OpenVINO, alone and beside one busy process.
 """
+import math
 import multiprocessing
 import os
 import statistics
@@ -22,7 +23,7 @@ from devices import HALF_PRECISIONS, resident_memory
 from export import write_onnx
 from inference import StripRunner, to_tensor
 from rain import draw_rain, sample_photograph
-from utils import InputError
+from utils import InputError, RunError
 
 ENGINES = {  # name: (the packages that it needs, its precisions)
     "plain PyTorch": (("torch",), ("fp32", "bf16")),
@@ -41,13 +42,15 @@ def build(name, precision, onnx):
 
         options = onnxruntime.SessionOptions()
         options.enable_mem_pattern = False
+        options.intra_op_num_threads = CORES
         session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
         return lambda image: session.run(["derained"], {"rainy": image})[0]
     if name == "OpenVINO":
         import openvino
 
         hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-        model = openvino.Core().compile_model(onnx, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": CORES}
+        model = openvino.Core().compile_model(onnx, "CPU", options)
         return lambda image: model(image)["derained"]
     net, half = load_network(find_checkpoint()), HALF_PRECISIONS.get(precision)
     if name == "here":
@@ -70,7 +73,10 @@ def serve(name, precision, onnx, connection):
         started = time.perf_counter()
         derained = run(image)
         connection.send((time.perf_counter() - started, derained))
-    connection.send(resident_memory("VmHWM"))
+    try:
+        connection.send(resident_memory("VmHWM"))
+    except OSError:  # systems without /proc
+        connection.send(math.nan)
 
 
 def spin():
@@ -107,26 +113,35 @@ def time_engines(names, precision, size, busy, repeats, onnx):
 
     Returns:
         {name: (median seconds, bytes that its process has had at most, largest difference to the first one)}.
+
+    Raises:
+        RunError: the process of an engine has ended, whose own message stands above.
     """
-    image, results = rainy_image(*size), {}
+    image, results, connections = rainy_image(*size), {}, {}
+
+    def ask(name, question):
+        try:
+            connections[name].send(question)
+            return connections[name].recv()
+        except (EOFError, ConnectionError):
+            raise RunError(f"{name}: its process has ended; expected it to derain {size[0]}x{size[1]}") from None
+
     with ExitStack() as stack:
-        connections = {}
         for name in names:
             connections[name], other = multiprocessing.get_context("spawn").Pipe()
             stack.enter_context(processes(1, serve, (name, precision, onnx, other)))
+            other.close()  # or a process that has died would be waited for: this one could still write to it
         seconds, outputs = {name: [] for name in names}, {}
         for repetition in range(repeats + 1):
             if repetition == 1:  # the first one of each, which is not timed, was alone
                 stack.enter_context(processes(busy, spin))
-            for name, connection in connections.items():
-                connection.send(image)
-                taken, outputs[name] = connection.recv()
+            for name in names:
+                taken, outputs[name] = ask(name, image)
                 if repetition:
                     seconds[name].append(taken)
-        for name, connection in connections.items():
-            connection.send(None)
+        for name in names:
             difference = float(np.abs(outputs[name] - outputs[names[0]]).max())
-            results[name] = statistics.median(seconds[name]), connection.recv(), difference
+            results[name] = statistics.median(seconds[name]), ask(name, None), difference
     return results
 
 
@@ -145,11 +160,12 @@ def check_packages():
         ) from None
 
 
-def compare_engines(args, report):
-    """Time all engines at each of --sizes, in both precisions, alone and beside --busy processes.
+def compare_engines(args, precisions, report):
+    """Time all engines at each of --sizes, in each precision, alone and beside --busy processes.
 
     Args:
         args: with ``sizes``, ``busy`` and ``repeats``.
+        precisions: "fp32", and "bf16" where the processor has units for it.
         report: is called with each row.
 
     Returns:
@@ -161,7 +177,7 @@ def compare_engines(args, report):
         onnx = str(Path(folder) / "sapnet.onnx")
         write_onnx(load_network(find_checkpoint()), onnx)
         for height, width in args.sizes:
-            for precision in ("fp32", "bf16"):
+            for precision in precisions:
                 names = [
                     name for name, (_, precisions) in ENGINES.items() if precision in precisions
                     and (height * width <= PLAIN_PIXELS or name in ("here", "OpenVINO"))

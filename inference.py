@@ -203,26 +203,36 @@ def strip_threads(count):
     return threads
 
 
+STARTING = threading.Lock()  # held while threads start, as a thread that first looks at the setting then would keep 1
+
+
 def for_each(function, strips, device):
-    """The list of function(start, stop) of each strip; on a CPU, each core has one strip at a time.
+    """Call function(start, stop) for each strip; on a CPU, each core has one strip at a time.
 
     Each core takes the next strip when it has done one, and the caller is woken once, at the end: a future for each
     strip would take a tenth of the time. Where there are fewer strips than cores, all cores work within the
     operations on each strip.
     """
-    count = torch.get_num_threads()
-    if device.type != "cpu" or not 1 < count <= len(strips):
-        return [function(*strip) for strip in strips]
-    results, waiting = [None] * len(strips), iter(enumerate(strips))
+    with STARTING:
+        count = torch.get_num_threads()
+        threads = strip_threads(count) if device.type == "cpu" and 1 < count <= len(strips) else None
+    if threads is None:
+        for strip in strips:
+            function(*strip)
+        return
+    waiting = iter(strips)
 
     @torch.inference_mode()  # the mode is that of a thread
     def work():
-        for number, strip in waiting:
-            results[number] = function(*strip)
+        for strip in waiting:
+            function(*strip)
 
-    for worker in [strip_threads(count).submit(work) for _ in range(count)]:
-        worker.result()
-    return results
+    try:
+        for worker in [threads.submit(work) for _ in range(count)]:
+            worker.result()
+    finally:
+        for _ in waiting:  # after an error or Ctrl-C the other threads find no further strip
+            pass
 
 
 # What the layers compute
@@ -237,6 +247,25 @@ def column_sums(rows):
     flat = rows.permute(0, 2, 3, 1).reshape(height, width * channels)
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
     return flat.sum(0, dtype=dtype).float().view(width, channels)
+
+
+class ColumnSums:
+    """Adds up the ``column_sums`` of a layer's strips, in the order of the strips, whichever core is done first.
+
+    So the total is the same each time, and what has been added takes no more memory.
+    """
+
+    def __init__(self):
+        self.total, self.row, self.early, self.adding = 0, 0, {}, threading.Lock()
+
+    def add(self, start, stop, rows):
+        """Add the sums of a strip: its first row, the row after its last, and (1, C, stop - start, W) its features."""
+        sums = column_sums(rows)
+        with self.adding:
+            self.early[start] = stop, sums
+            while self.row in self.early:
+                self.row, sums = self.early.pop(self.row)
+                self.total = self.total + sums
 
 
 def widest(device):
@@ -525,7 +554,8 @@ class StripRunner:
         size = f"{rainy.shape[3]}x{rainy.shape[2]}"
         print(f"{rainy.device} has no memory for an image of {size}; it is derained on the CPU", file=sys.stderr)
         if self.host is None:
-            self.host = StripRunner(copy.deepcopy(self.net).cpu(), self.dtype, self.max_memory)
+            self.host = StripRunner(copy.deepcopy(self.net).cpu(), self.dtype)
+        self.host.max_memory = self.max_memory
         return self.host(rainy.cpu()).to(rainy.device)
 
     def run_strips(self, rainy, pixels):
@@ -571,13 +601,16 @@ class StripRunner:
             (W, 32) the ``column_sums`` of ``output``.
         """
 
+        columns = ColumnSums()
+
         def step(start, stop):
             f = self.gate_input(images, None if first_stage else hidden, start, stop)
             rows = output.rows(start, stop)
             rows.copy_(self.step_cell(f, cell.rows(start, stop), first_stage))
-            return column_sums(rows)
+            columns.add(start, stop, rows)
 
-        return sum(for_each(step, output.strips(small=True), output.data.device))
+        for_each(step, output.strips(small=True), output.data.device)
+        return columns.total
 
     def gate_input(self, images, hidden, start, stop):
         """Input of the gates' convolutions for a strip, a row above and below included.
@@ -621,6 +654,7 @@ class StripRunner:
             (W, 32) the ``column_sums`` of ``output``.
         """
         weight, bias = conv.fold(source, columns, self.conv_dtype)
+        sums = ColumnSums()
 
         def run(start, stop):
             seen = source.rows(start, stop, conv.dilation).to(weight.dtype)
@@ -638,6 +672,7 @@ class StripRunner:
                     relu(total, out=total)
                 if total is v:
                     rows.copy_(v)
-            return column_sums(rows)
+            sums.add(start, stop, rows)
 
-        return sum(for_each(run, source.strips(), source.data.device))
+        for_each(run, source.strips(), source.data.device)
+        return sums.total

@@ -194,7 +194,7 @@ def main():
     if args.output:
         if not args.output.name:
             raise InputError(f"--output {args.output}: expected a file name without its suffix")
-        table, picture = (args.output.with_suffix(suffix) for suffix in (".md", ".jpg"))
+        table, picture = (args.output.with_name(args.output.name + suffix) for suffix in (".md", ".jpg"))
         check_file("--output", table, begins_with(HEADING))
         # An earlier version marked the table only.
         check_file("--output", picture, lambda path: is_marked(path) or begins_with(HEADING)(table))

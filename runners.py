@@ -79,7 +79,7 @@ def self_ensemble(runner):
     Quarter turns are left out: a network that was trained on falling rain takes lying rain for texture.
 
     Args:
-        runner: a ``StripRunner``, or any function from (1, 3, H, W) to (1, 3, H, W).
+        runner: a ``StripRunner``, or any function from (N, 3, H, W) to (N, 3, H, W).
 
     Returns:
         A function of the same kind. It takes four times as long.

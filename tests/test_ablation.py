@@ -26,37 +26,47 @@ def test_each_run_is_measured_on_the_pairs_that_it_held_out(run, shared, tmp_pat
     assert run("rain", "--clean", "others", "--out", "further").status == 0
     command = [
         "ablation", "--data_path", "pairs", "--val_pairs", 2, "--val_path", "further", "--max_steps", 1,
-        "--seeds", 0, 1, "--backbone_dir", shared / "weights", "--logs", "logs", "--output", "table.md",
+        "--backbone_dir", shared / "weights", "--logs", "logs", "--output", "table.md",
         "--patch_size", 40, "--recurrent_iter", 1, "--batch_size", 2, "--num_workers", 0, "--device", "cpu",
     ]
     assert run(*command).status == 0
     table = (tmp_path / "table.md").read_text()
     assert "2 pairs held out of pairs" in table and "2 pairs of further" in table and "--val_pairs 2" in table
     held_out, further = figures(table)
-    assert len(held_out) == len(further) == 2
+    assert len(held_out) == len(further) == 2 and (held_out[0] != held_out[1]).any()
     for number, both in enumerate(zip(held_out, further)):
-        for seed, (psnr, ssim, lpips, pcl) in enumerate(np.mean(both, axis=0).T):
-            log = (tmp_path / f"logs/seed{seed}/run{number}/log.jsonl").read_text()
-            validated = json.loads(log.splitlines()[-1])
-            assert psnr == pytest.approx(validated["val_psnr_y"], abs=0.002), "measured on other pairs than train.py"
-            assert ssim == pytest.approx(validated["val_ssim_y"], abs=2e-4) and lpips > 0 and pcl > 0
-    first, second = held_out
-    assert (first != second).any() and (first[:, 0] != first[:, 1]).any(), "the losses and seeds change nothing"
+        (psnr, ssim, lpips, pcl), = np.mean(both, axis=0).T
+        validated = json.loads((tmp_path / f"logs/seed0/run{number}/log.jsonl").read_text().splitlines()[-1])
+        assert psnr == pytest.approx(validated["val_psnr_y"], abs=0.002), "measured on other pairs than train.py"
+        assert ssim == pytest.approx(validated["val_ssim_y"], abs=2e-4) and lpips > 0 and pcl > 0
 
-    # What was stopped before its last run goes on with that alone.
+    # It goes on with a run that is missing, and leaves those alone that are done.
     monkeypatch.setattr(ablation, "RUNS", {"pixel": ablation.RUNS["pixel"]})
-    shutil.rmtree(tmp_path / "logs/seed1/run0")
+    assert run(*command).status == 2, "two ablations in one folder"
+    for option, value in (("--max_steps", 2), ("--patch_size", 48)):
+        others = list(command)
+        others[others.index(option) + 1] = value
+        assert run(*others, "--resume").status == 2, f"{option} of the other runs is another"
     before = (tmp_path / "logs/seed0/run0/log.jsonl").read_text()
-    assert run(*command, "--resume").status == 0
-    assert np.array_equal(figures((tmp_path / "table.md").read_text()), [held_out[:1], further[:1]])
+    assert run(*command, "--resume", "--seeds", 0, 1).status == 0
+    (row,), _ = figures((tmp_path / "table.md").read_text())
+    assert np.array_equal(row[:, :1], held_out[0]) and (row[:, 0] != row[:, 1]).any(), "the seed changes nothing"
     assert (tmp_path / "logs/seed0/run0/log.jsonl").read_text() == before
+
+
+def test_a_seed_given_twice_is_refused(refused, tmp_path):
+    refused("ablation", "--data_path", tmp_path, "--seeds", 0, 0, names=["--seeds"])
 
 
 def test_nothing_to_measure_on_is_refused(refused, tmp_path):
     refused("ablation", "--data_path", tmp_path, "--val_pairs", 0, names=["--val_pairs", "--val_path"])
 
 
-@pytest.mark.parametrize("option", ["--exclude_test", "--clean_path=clean", "--save_path", "--excl"])
+@pytest.mark.parametrize(
+    "option",
+    ["--exclude_test", "--clean_path=clean", "--save_path", "--excl", "--val_pair", "--w_lpips", "--stop_after",
+     "--epoch", "--init_weights"],
+)
 def test_options_that_would_change_the_pairs_are_refused(refused, tmp_path, option):
     names = [option.partition("=")[0], "train.py"]
     refused("ablation", "--data_path", tmp_path, option, tmp_path, names=names)

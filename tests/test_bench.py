@@ -1,13 +1,17 @@
 """The benchmark runs, compares what it says it compares, and writes what it prints."""
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
 import bench
+import engines
 from conftest import make_pairs
 from losses import DerainLoss
 from networks import SAPNet
+from utils import RunError
 
 BASELINE = """
 import torch
@@ -46,6 +50,29 @@ def test_table_and_json(run, baseline, tmp_path):
     assert rows["packing 6 pairs"]["megabytes"] * 1e6 >= 6 * 4 * 100 * 100 * 3 * 2
     for rain in ("", ", drawn heavy rain"):
         assert rows[f"loader, 2 workers{rain}"]["patches a second"] > 0
+
+
+@pytest.mark.slow
+def test_an_engine_is_timed_and_one_whose_process_dies_is_named(monkeypatch):
+    monkeypatch.setattr(engines, "rainy_image", lambda height, width: np.full((1, 3, height, width), 0.5, np.float32))
+    for name in ("here", "onnxruntime"):
+        arguments = [name], "fp32", (24, 32), 1, 1, "missing.onnx"
+        if name == "here":
+            ((seconds, peak, difference),) = engines.time_engines(*arguments).values()
+            assert seconds > 0 and difference == 0 and (math.isnan(peak) or peak > 1e7)
+        else:
+            with pytest.raises(RunError, match="onnxruntime: its process has ended"):
+                engines.time_engines(*arguments)
+
+
+def test_too_few_patches_to_time_the_loader_are_named(run, tmp_path):
+    make_pairs(tmp_path / "pairs", range(1), height=100, width=100)
+    result = run("bench", "--sizes", "--steps", 0, "--device", "cpu", "--data_path", tmp_path / "pairs")
+    assert result.status == 0 and "1 patch; expected 24 or more" in result.out and "loader," not in result.out
+
+
+def test_busy_without_engines_is_refused(refused):
+    refused("bench", "--busy", 1, names=["--busy", "--engines"])
 
 
 def test_training_phases(baseline):

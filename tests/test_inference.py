@@ -1,5 +1,6 @@
 """The strip runner against the plain network: same numbers, whatever the size, the strips and the memory."""
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,35 +143,77 @@ def test_threads_that_share_the_strips_change_nothing(monkeypatch):
         torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
 
 
-def test_a_thread_for_strips_uses_one_core():
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_thread_for_strips_uses_one_core(two_threads):
     """Also after its first operation, with which PyTorch applies the setting of the whole process to a new thread."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        together = threading.Barrier(2)
+    together, used = threading.Barrier(2, timeout=60), {}
 
-        def used(start, stop):
-            together.wait()  # so that each of the two threads has a strip
-            torch.rand(2**18).sigmoid_()
-            return threading.get_ident(), torch.get_num_threads()
+    def use(start, stop):
+        together.wait()  # so that each of the two threads has a strip
+        torch.rand(2**18).sigmoid_()
+        used[threading.get_ident()] = torch.get_num_threads()
 
-        inference.strip_threads.cache_clear()
-        used_by = dict(inference.for_each(used, [(0, 1), (1, 2)], torch.device("cpu")))
-        assert list(used_by.values()) == [1, 1] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    inference.strip_threads.cache_clear()
+    inference.for_each(use, [(0, 1), (1, 2)], torch.device("cpu"))
+    assert list(used.values()) == [1, 1] and torch.get_num_threads() == 2
 
 
-def test_a_strip_that_fails_ends_the_image(monkeypatch):
-    before = torch.get_num_threads()
+def test_a_thread_that_begins_while_those_for_strips_start_keeps_its_cores(two_threads):
+    inference.strip_threads.cache_clear()
+    counts, begin = [], threading.Barrier(3, timeout=60)
+
+    def first_call():
+        begin.wait()
+        inference.for_each(lambda start, stop: None, [(0, 1), (1, 2)], torch.device("cpu"))
+        counts.append(torch.get_num_threads())
+
+    for caller in [threading.Thread(target=first_call) for _ in range(3)]:
+        caller.start()
+    while len(counts) < 3:
+        time.sleep(0.01)
+    assert counts == [2, 2, 2] and inference.strip_threads.cache_info().misses == 1
+
+
+def test_a_strip_that_fails_ends_the_image(monkeypatch, two_threads):
     monkeypatch.setattr(inference, "strip_rows", lambda width, pixels, small=False: 8)
     monkeypatch.setattr(inference, "dilated_conv", lambda *arguments: 1 / 0)
-    try:
-        torch.set_num_threads(2)
-        with pytest.raises(ZeroDivisionError):
-            StripRunner(network())(torch.rand(1, 3, 90, 70))
-    finally:
-        torch.set_num_threads(before)
+    with pytest.raises(ZeroDivisionError):
+        StripRunner(network())(torch.rand(1, 3, 90, 70))
+
+
+def test_after_a_strip_that_fails_no_further_one_begins(two_threads):
+    begun = []
+
+    def fail_once(start, stop):
+        begun.append(start)
+        if start == 0:
+            raise KeyError
+        time.sleep(0.01)
+
+    with pytest.raises(KeyError):
+        inference.for_each(fail_once, [(row, row + 1) for row in range(100)], torch.device("cpu"))
+    time.sleep(0.1)
+    assert len(begun) < 50
+
+
+def test_sums_are_added_in_the_order_of_the_strips():
+    rows = torch.rand(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    strips = [(0, 1), (1, 2), (2, 3)]
+    ordered, shuffled = inference.ColumnSums(), inference.ColumnSums()
+    for sums, order in ((ordered, (0, 1, 2)), (shuffled, (2, 0, 1))):
+        for number in order:
+            start, stop = strips[number]
+            sums.add(start, stop, rows[:, :, start:stop])
+        assert not sums.early
+    assert torch.equal(ordered.total, shuffled.total)
+    torch.testing.assert_close(ordered.total, rows[0].sum(1).T)
 
 
 def test_images_of_a_batch_do_not_meet():
