@@ -10,7 +10,7 @@ import torch
 import utils
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["pytest", "train", "test"])
+context.set_forkserver_preload(["pytest", "train", "test", "torch._dynamo"])  # the last for each optimizer
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(utils.__file__).parent), os.getenv("PYTHONPATH"))))
 
 
