@@ -33,20 +33,25 @@ def processes_here():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def pick_device(name):
+def pick_device(name, own_process=True):
     """The torch device for --device: "auto" takes the GPU where there is one.
 
     Where torchrun has started several processes on this machine, each takes the CUDA card of its number (LOCAL_RANK),
-    whatever card the name gives.
+    whatever card the name gives. The card becomes the current one of the process.
+
+    Args:
+        name: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        own_process: whether this process runs one of our scripts. In one that runs another program nothing is changed
+            and torchrun does not count: the card is the one that is named, and that of "cuda" the current one.
 
     Raises:
         InputError: this machine has no such device, or fewer cards than processes.
     """
-    chosen, processes = name, processes_here()
+    chosen, processes = name, processes_here() if own_process else 1
     if name == "auto":
         mps = torch.backends.mps.is_available() and processes == 1  # which several cannot train on
         chosen = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if chosen == "cuda" or chosen.startswith("cuda:") and processes > 1:
+    if own_process and (chosen == "cuda" or chosen.startswith("cuda:") and processes > 1):
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(chosen)
@@ -60,8 +65,10 @@ def pick_device(name):
         raise InputError(
             f"--device {name}: expected auto or a device of this machine ({', '.join(['cpu', *found])}){needed}"
         ) from None
-    if device.type == "cuda":
+    if device.type == "cuda" and own_process:
         torch.cuda.set_device(device)
+    elif device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -12,6 +12,7 @@ their own (``_module``): its modules, ``sys.path`` and later imports stay as the
 import builtins
 import importlib.machinery
 import importlib.util
+import inspect
 import numbers
 import os
 import pathlib
@@ -34,8 +35,7 @@ _PACKAGE = f"_sapnet_{zlib.crc32(os.fsencode(_ROOT)):08x}"  # another folder wit
 _PROCESS = vars(sys.modules.setdefault(_PACKAGE, types.ModuleType(_PACKAGE)))
 _IMPORTING = _PROCESS.setdefault("importing", threading.RLock())
 _DERAINING = _PROCESS.setdefault("deraining", threading.Lock())
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SOFTWARE = "SAPNet"  # as test.py marks the pictures that it may replace later
+_FILES = _PROCESS.setdefault("files", threading.Lock())  # of pictures, being read or written
 
 
 # Imports apart from those of the caller
@@ -78,13 +78,16 @@ def _module(name):
 
 @_contextmanager
 def _usual_errors():
-    """Turn the errors that our scripts report into those which a Python program expects, with the same sentence."""
-    utils = _module("utils")
+    """Turn the errors that our scripts report into those which a Python program expects, with the same sentence.
+
+    An option that is an argument here is called so: --max_memory becomes max_memory.
+    """
+    utils, arguments = _module("utils"), "|".join(inspect.signature(derain).parameters)
     try:
         yield
     except (utils.InputError, utils.RunError) as error:
         kind = ValueError if isinstance(error, utils.InputError) else RuntimeError
-        raise kind(re.sub(r"(^|\s)--(device|precision)\b", r"\1\2", str(error))) from None
+        raise kind(re.sub(rf"(^|[\s(])--({arguments})\b", r"\1\2", str(error))) from None
 
 
 # The network
@@ -147,7 +150,8 @@ def derain(
     Args:
         weights, recurrent_iter, use_dilation: as for ``sapnet``.
         precision: of the convolutions: "fp32", "bf16", "fp16", or "auto" for the fastest of the device.
-        device: "auto", the GPU if there is one, or "cpu", "cuda", "cuda:N", or a ``torch.device``.
+        device: "auto", the GPU if there is one, or "cpu", "cuda", "cuda:N", or a ``torch.device``. A GPU without a
+            number is the current one of the process, which stays the current one.
         self_ensemble: average over the picture, its mirror image, and both upside down, which takes four times as long.
         max_memory: GiB. On the CPU, a picture that needs more (0.6 GiB a megapixel in fp32) works on the disk, with
             the same result. None takes 3/4 of what is free when a picture comes.
@@ -159,19 +163,20 @@ def derain(
         FileNotFoundError, TypeError: as for ``sapnet``.
         ValueError: as for ``sapnet``; also for a device that is not there.
     """
-    _check_choice("precision", precision, (*_PRECISIONS, "auto"))
+    devices = _module("devices")
+    precisions = {"fp32": torch.float32, **devices.HALF_PRECISIONS}
+    _check_choice("precision", precision, (*precisions, "auto"))
     _check_choice("self_ensemble", self_ensemble, (True, False))
     if max_memory is not None and not (isinstance(max_memory, numbers.Real) and max_memory >= 0):
         raise ValueError(f"max_memory: expected a number of GiB, 0 or more, found {max_memory!r}")
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device: expected a name or a torch.device, found {_kind(device)}")
-    devices = _module("devices")
     with _usual_errors():
-        device = devices.pick_device(str(device))
+        device = devices.pick_device(str(device), own_process=False)
     if precision == "auto":
         precision = devices.fast_precision(device)
     net = sapnet(weights, recurrent_iter, use_dilation).to(device)
-    return _Derain(net, device, _PRECISIONS[precision], self_ensemble, max_memory)
+    return _Derain(net, device, precisions[precision], self_ensemble, max_memory)
 
 
 class _Derain:
@@ -190,7 +195,8 @@ class _Derain:
                 is not changed. Or a PIL image, or the path of a picture of any format that ``test.py`` reads. As
                 there, grey becomes RGB, and a picture is turned as its EXIF orientation says.
             output: only with a path: the path of a new file to write, .png, .tif, .jpg or .webp, with the input's
-                colour profile and its EXIF data.
+                colour profile and its EXIF data. JPEG has no alpha, and like WebP 8 bits: a ``UserWarning`` tells
+                where that loses some of the picture.
 
         Returns:
             The same kind. For an array one of the same shape and type. For a PIL image one in mode RGB or RGBA, with
@@ -200,7 +206,7 @@ class _Derain:
         Raises:
             FileExistsError, FileNotFoundError: ``output`` is there already, ``picture`` is not.
             ImportError: reading files takes Pillow and OpenCV; the message names the pip command.
-            RuntimeError: no room on the disk, or the output is not finite.
+            RuntimeError: no room on the disk, no folder for temporary files, or the output is not finite.
             TypeError: another kind of picture, or of numbers in it.
             ValueError: another shape, or a file that is no readable picture.
         """
@@ -222,7 +228,15 @@ class _Derain:
         # One at a time: the runner sets float32's precision for the whole process, and two would take memory twice.
         with _usual_errors(), _DERAINING:
             self._runner.max_memory = 0.75 * free if self.max_memory is None else self.max_memory * 2**30
-            derained = inference.to_image(self._run(rainy), image.dtype)
+            try:
+                derained = inference.to_image(self._run(rainy), image.dtype)
+            except OSError as error:
+                if error.filename is None and not isinstance(error, FileNotFoundError):
+                    raise  # no memory; all others are of temporary files
+                raise RuntimeError(
+                    f"{error.filename or 'TMPDIR'}: no temporary file for a large picture ({error.strerror}); expected"
+                    " a larger max_memory, or TMPDIR to name a folder with room"
+                ) from None
         return np.concatenate((derained, image[..., 3:]), axis=2)
 
     def _derain_pil(self, image):
@@ -234,31 +248,43 @@ class _Derain:
         alpha = turned.has_transparency_data
         result = Image.fromarray(self._derain_array(np.asarray(turned.convert("RGBA" if alpha else "RGB"))))
         result.info = {name: turned.info[name] for name in ("dpi", "exif", "icc_profile") if name in turned.info}
-        if result.info.get("icc_profile", b"")[16:20] != b"RGB ":  # that of CMYK or grey would be wrong for the result
+        profile = result.info.get("icc_profile") or b""  # Pillow sets None where one in a JPEG file is incomplete
+        if profile[16:20] != b"RGB ":  # that of CMYK or grey would be wrong for the result
             result.info.pop("icc_profile", None)
         return result
 
     def _derain_file(self, path, output):
-        images = _image_files()
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; expected a picture")
+        with _image_files() as images:
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file; expected a picture")
+            if output is not None:
+                output = pathlib.Path(output)
+                _check_output(output, images.WRITTEN)
+            image = images.read_image(path)
+            metadata = None if output is None else images.read_metadata(path)
         if output is None:
-            with _usual_errors():
-                image = images.read_image(path)
             return self._derain_array(image)
-        output = pathlib.Path(output)
-        if output.suffix.lower() not in images.WRITTEN:
-            raise ValueError(f"output: {output}: expected a name that ends in {', '.join(images.WRITTEN)}")
-        if os.path.lexists(output):
-            raise FileExistsError(f"output: {output}: is there already; expected the name of a new file")
-        with _usual_errors():
-            image, metadata = images.read_image(path), images.read_metadata(path)._replace(software=_SOFTWARE)
-            images.write_image(output, self._derain_array(image), metadata)
+        kind = images.WRITTEN[output.suffix.lower()]
+        lost = ["alpha"] * (kind == "JPEG" and image.shape[2] == 4)
+        lost += ["16 bits"] * (kind in ("JPEG", "WEBP") and image.dtype != np.uint8)
+        if lost:
+            warnings.warn(
+                f"output: {output}: {kind} does not keep the {' and '.join(lost)} of {path}; .png and .tif do",
+                stacklevel=3,  # the caller of ``__call__``
+            )
+        derained = self._derain_array(image)
+        with _image_files():
+            images.write_image(output, derained, metadata._replace(software=images.MARK))
         return output
 
 
+@_contextmanager
 def _image_files():
-    """The module ``images``, without what its import sets in Pillow, OpenCV and ``warnings`` for the whole process."""
+    """The module ``images``, to read and write files with; its errors become those of ``_usual_errors``.
+
+    Pillow's largest picture and OpenCV's log level, of which the process has one each, are those of ``images`` within
+    this context and the caller's after it. So only one thread at a time is within.
+    """
     try:
         import cv2
         from PIL import Image
@@ -266,12 +292,26 @@ def _image_files():
         raise ImportError(
             f"{error.name} is missing; expected, to read files: pip install pillow opencv-python-headless"
         ) from None
-    largest, level = Image.MAX_IMAGE_PIXELS, cv2.utils.logging.getLogLevel()
-    with warnings.catch_warnings():
-        images = _module("images")
-    Image.MAX_IMAGE_PIXELS = largest
-    cv2.utils.logging.setLogLevel(level)
-    return images
+    log = cv2.utils.logging
+    with _usual_errors(), _FILES:
+        largest, level = Image.MAX_IMAGE_PIXELS, log.getLogLevel()
+        try:
+            with warnings.catch_warnings():  # its import adds a filter
+                images = _module("images")
+            Image.MAX_IMAGE_PIXELS = None  # as its import does, but the first one only
+            log.setLogLevel(log.LOG_LEVEL_SILENT)
+            yield images
+        finally:
+            Image.MAX_IMAGE_PIXELS = largest
+            log.setLogLevel(level)
+
+
+def _check_output(output, suffixes):
+    """Refuse the path of a new file that is there already, or whose suffix is none of those that can be written."""
+    if output.suffix.lower() not in suffixes:
+        raise ValueError(f"output: {output}: expected a name that ends in {', '.join(suffixes)}")
+    if os.path.lexists(output):
+        raise FileExistsError(f"output: {output}: is there already; expected the name of a new file")
 
 
 def _check_array(image):

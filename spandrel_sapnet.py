@@ -4,8 +4,9 @@
     python -c "import spandrel_sapnet, spandrel; print(spandrel.ModelLoader().load_from_file('weights/light.pth').tags)"
 
 It registers an architecture in spandrel's main registry, which finds SAPNet and PReNet by the names of their tensors.
-These do not tell the number of stages, which is 6 until ``descriptor.model.recurrent_iter`` is set. ``docs/python.md``
-says how ComfyUI and chaiNNer come to import this file, which may lie elsewhere as a link.
+These tell neither the number of stages nor the dilation, so spandrel's loader takes the published ones: 6 stages, and
+dilation for SAPNet. ``load`` is for checkpoints with other ones. ``docs/python.md`` says how ComfyUI and chaiNNer come
+to import this file, which may lie elsewhere as a link.
 """
 import copy
 import importlib.util
@@ -20,15 +21,16 @@ except ImportError:
 
 
 def import_apart():
-    """``hubconf._module``: it imports our files so that they do not meet those of the same names of this program."""
+    """``hubconf``, which imports our files so that they do not meet those of the same names of this program."""
     path = Path(__file__).resolve().parent / "hubconf.py"
     spec = importlib.util.spec_from_file_location("_sapnet_hubconf", path)
     hubconf = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hubconf)
-    return hubconf._module
+    return hubconf
 
 
-module = import_apart()
+hub = import_apart()
+module = hub._module
 REQUIRED = ("conv0.0.weight", *(f"conv_{gate}.0.weight" for gate in "ifgo"), "conv.0.weight")  # names of tensors
 
 
@@ -71,16 +73,39 @@ class SAPNetArchitecture(spandrel.Architecture):
             ValueError: some names or shapes are of another network.
         """
         weights = module("checkpoints").unwrap(state_dict)
-        net = module("networks").SAPNet.from_state_dict(weights).eval()
+        return self.describe(module("networks").SAPNet.from_state_dict(weights).eval())
+
+    def describe(self, net):
+        """The ``ImageModelDescriptor`` of a ``SAPNet``."""
         options = module("checkpoints").network_options(net)
         stages = module("utils").counted(net.recurrent_iter, "stage")
         tags = ["SAPNet" if options["use_cra"] else "PReNet", options["residual_conv"], stages]
         return spandrel.ImageModelDescriptor(
-            net, weights, architecture=self, purpose="Restoration", tags=tags, supports_half=True,
+            net, net.state_dict(), architecture=self, purpose="Restoration", tags=tags, supports_half=True,
             supports_bfloat16=True, scale=1, input_channels=3, output_channels=3,
             # Its attention averages over the whole picture: cut into tiles, the result would be another.
             tiling=spandrel.ModelTiling.INTERNAL, call_fn=run,
         )
+
+
+def load(weights, recurrent_iter=None, use_dilation=None):
+    """The ``ImageModelDescriptor`` of any checkpoint that ``test.py`` takes, with its own stages and dilation.
+
+    ``spandrel.ModelLoader`` hands an architecture the tensors alone. Here the metadata of a .safetensors file and the
+    args.json of a training run count too, and a file may hold other objects beside the weights.
+
+    Args:
+        weights: the path of a checkpoint or of the folder of a training run, or the name of a bundled one ("light").
+        recurrent_iter, use_dilation: the number of stages, and whether the residual blocks are dilated; None takes
+            what is stored with the weights, else what is published.
+
+    Returns:
+        The descriptor, on the CPU, in float32.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as for ``hubconf.sapnet``.
+    """
+    return SAPNetArchitecture().describe(hub.sapnet(weights, recurrent_iter, use_dilation))
 
 
 class DerainWhole:

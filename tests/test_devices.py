@@ -56,6 +56,18 @@ def test_one_process_takes_the_card_that_is_named(cards, monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
 
 
+def test_another_program_keeps_its_current_card(cards, monkeypatch):
+    chosen = cards(3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, card in (("auto", 2), ("cuda", 2), ("cuda:1", 1)):
+        assert pick_device(name, own_process=False) == torch.device("cuda", card)
+    with pytest.raises(InputError, match=r"^--device cuda:3: expected auto or a device of this machine \([^()]*\)$"):
+        pick_device("cuda:3", own_process=False)
+    assert not chosen
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda:99", "mps", "meta", "gpu", ""])
 def test_a_device_that_is_not_there_is_refused_in_a_short_sentence(name):
     if name == "cuda" and torch.cuda.is_available() or name == "mps" and torch.backends.mps.is_available():

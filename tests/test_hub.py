@@ -1,11 +1,14 @@
 """hubconf.py: SAPNet from another program, whose modules may be called as ours."""
 import importlib.util
+import io
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import warnings
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -181,6 +184,57 @@ def test_pil_images_of_other_modes_and_turned_ones(tmp_path, rainy, derain):
     cmyk = Image.fromarray(rainy).convert("CMYK")
     cmyk.info["icc_profile"] = b"0" * 16 + b"CMYK" + b"0" * 100
     assert "icc_profile" not in derain(cmyk).info
+    # Pillow sets None where one of a JPEG file's pieces of the profile is missing: here 1 of 2.
+    file = io.BytesIO()
+    Image.fromarray(rainy).save(file, "JPEG", extra=b"\xff\xe2\0\x1eICC_PROFILE\0\1\2" + b"0" * 14)
+    with Image.open(file) as incomplete:
+        assert incomplete.info["icc_profile"] is None
+        assert "icc_profile" not in derain(incomplete).info
+
+
+def test_the_settings_of_pillow_and_opencv_are_ours_while_files_are_read_alone(monkeypatch, tmp_path, derain):
+    """Pillow warns from MAX_IMAGE_PIXELS on, which is an error in these tests, and refuses twice as many."""
+    damaged, rainy = tmp_path / "text.png", photo(1, 12, 16)
+    damaged.write_text("no picture")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_WARNING)
+    try:
+        for number, size in enumerate(((12, 16), (3, 5))):  # refused by Pillow, and warned of
+            path = save(tmp_path / f"{number}.png", rainy[: size[0], : size[1]])
+            assert derain(path).shape == (*size, 3)
+            assert read_image_size(derain(path, tmp_path / f"new{number}.jpg")) == size
+        # Threads come and go while others read.
+        threads = [threading.Thread(target=refuse_often, args=(derain, damaged)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert Image.MAX_IMAGE_PIXELS == 10
+        assert cv2.utils.logging.getLogLevel() == cv2.utils.logging.LOG_LEVEL_WARNING
+    finally:
+        cv2.utils.logging.setLogLevel(before)
+
+
+def read_image_size(path):
+    return cv2.imread(str(path)).shape[:2]
+
+
+def refuse_often(derain, path):
+    for _ in range(100):
+        with pytest.raises(ValueError, match="not a readable image"):
+            derain(path)
+
+
+def test_what_a_format_does_not_keep_is_warned_of(tmp_path, rainy, derain):
+    deep = save(tmp_path / "deep.png", np.dstack([rainy, rainy[..., 0]]).astype(np.uint16) * 257)
+    for name, words in (("a.jpg", "JPEG does not keep the alpha and 16 bits"), ("a.webp", "WEBP .* the 16 bits of")):
+        with pytest.warns(UserWarning, match=words) as caught:
+            derain(deep, tmp_path / name)
+        assert [warning.filename for warning in caught] == [__file__] and (tmp_path / name).exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        derain(deep, tmp_path / "a.tif")
+        derain(save(tmp_path / "plain.png", rainy), tmp_path / "plain.jpg")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "auto"])
@@ -200,9 +254,33 @@ def test_large_pictures_work_on_the_disk(monkeypatch, tmp_path, rainy, derain):
     on_disk = hubconf.derain("light", recurrent_iter=1, device="cpu", max_memory=0)
     np.testing.assert_array_equal(on_disk(rainy), derain(rainy))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))  # so it was the disk
-    with pytest.raises(OSError):
+    with pytest.raises(RuntimeError, match="missing/.*No such file.*expected a larger max_memory, or TMPDIR"):
         on_disk(rainy)
     derain(rainy)
+
+
+def test_a_full_disk_is_told_of_by_the_name_of_the_argument(monkeypatch, small_disk, rainy):
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk("100k")))
+    with pytest.raises(RuntimeError, match="no room .* expected a larger max_memory, or TMPDIR"):
+        hubconf.derain("light", recurrent_iter=1, device="cpu", max_memory=0)(rainy)
+
+
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [("auto", 1), ("cuda", 1), (torch.device("cuda"), 1), ("cuda:0", 0), (torch.device("cuda:1"), 1)],
+)
+def test_the_card_that_is_named_is_taken_and_the_current_one_stays(monkeypatch, device, card):
+    """On an imitated machine with two cards, in a program of the caller's that torchrun has started twice."""
+    empty, taken = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("it was changed"))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda net, device: taken.append(device) or net)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(1 - card))
+    hubconf.derain("light", device=device)
+    assert taken == [torch.device("cuda", card)]
 
 
 def test_threads_get_their_own_results(rainy, derain):

@@ -1,15 +1,19 @@
 """spandrel_sapnet.py: SAPNet in programs that load their networks with spandrel."""
 import importlib.util
+import json
+import pickle
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
-from checkpoints import BUNDLED, load_network, save_checkpoint
+from checkpoints import BUNDLED, load_network, network_options, save_checkpoint, save_safetensors
 from conftest import ROOT, photo, with_rain
 from inference import StripRunner, to_tensor
 from networks import SAPNet
+from utils import write_text
 
 spandrel = pytest.importorskip("spandrel", reason="spandrel is missing: pip install spandrel")
 spandrel_sapnet = importlib.import_module("spandrel_sapnet")
@@ -41,15 +45,18 @@ def assert_is(model, net):
     assert isinstance(model, spandrel.ImageModelDescriptor) and model.architecture.id == "SAPNet"
     assert model.tiling is spandrel.ModelTiling.INTERNAL
     assert (model.purpose, model.scale, model.input_channels, model.output_channels) == ("Restoration", 1, 3, 3)
-    assert (model.model.recurrent_iter, model.model.dilations) == (6, net.dilations)
+    assert (model.model.recurrent_iter, model.model.dilations) == (net.recurrent_iter, net.dilations)
     expected, found = net.state_dict(), model.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("name", ["general.pth", "general.safetensors", "light.pth", "light.safetensors"])
-def test_bundled_weights(name):
-    assert_is(load(BUNDLED / name), load_network(BUNDLED / name))
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", ["general", "light", "real"])
+def test_bundled_weights(name, suffix):
+    path = BUNDLED / (name + suffix)
+    for model in (load(path), spandrel_sapnet.load(path), spandrel_sapnet.load(name)):
+        assert_is(model, load_network(path))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -92,6 +99,27 @@ def test_a_network_that_is_like_it_is_not_taken_for_it(change):
         state["res_conv5.9.weight"] = state["res_conv5.0.weight"]
     with pytest.raises((spandrel.UnsupportedModelError, ValueError)):
         spandrel.ModelLoader().load_from_state_dict(state)
+
+
+def test_stages_and_dilation_are_those_of_the_file_or_the_run(tmp_path, rainy):
+    """Which spandrel's own loader cannot know, as it hands over the tensors alone."""
+    net = load_network(BUNDLED / "light.pth", recurrent_iter=2, use_dilation=False)
+    save_safetensors(tmp_path / "net.safetensors", net.state_dict(), network_options(net))
+    run = {"epoch": 3, "args": Namespace(lr=1), "state_dict": net.state_dict()}  # which spandrel's reader refuses
+    save_checkpoint(tmp_path / "net_latest.pth", run)
+    write_text(tmp_path / "args.json", json.dumps({"recurrent_iter": 2, "use_dilation": False}))
+    expected = StripRunner(net)(rainy).clamp(0, 1)
+    for path in (tmp_path / "net.safetensors", tmp_path):
+        model = spandrel_sapnet.load(path)
+        assert_is(model, net)
+        assert model.tags == ["SAPNet", "plain", "2 stages"] and torch.equal(model(rainy), expected)
+    assert spandrel_sapnet.load(tmp_path, 3, True).tags[2] == "3 stages"
+    assert load(tmp_path / "net.safetensors").tags[2] == "6 stages", "no longer: then docs/python.md is to say so"
+    with pytest.raises(pickle.UnpicklingError):
+        load(tmp_path / "net_latest.pth")
+    for path, error in ((tmp_path / "none.pth", FileNotFoundError), (tmp_path / "args.json", ValueError)):
+        with pytest.raises(error, match=path.name):
+            spandrel_sapnet.load(path)
 
 
 def test_it_derains_as_the_strips_do(rainy):
