@@ -1,6 +1,5 @@
 """The ablation trains every choice of terms and measures all of them on pairs that none has seen."""
 import json
-import shutil
 
 import numpy as np
 import pytest

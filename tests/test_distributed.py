@@ -2,15 +2,19 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed
 
+import DerainDataset
+import test
 import train
 from checkpoints import load_weights
 from conftest import ROOT, contents, make_pairs
@@ -20,6 +24,7 @@ from test_test import read_csv
 from test_train import TIMES, options, read_lines, read_state, tiny, without
 from test_video import frames_of
 from utils import InputError
+from warm import Fork, run_script
 
 
 def start(processes, *arguments, script=ROOT / "train.py", restarts=0):
@@ -34,6 +39,30 @@ def finish(process, status=0):
     out, err = process.communicate(timeout=240)
     assert (process.returncode != 0) == (status != 0), out + err
     return out, err
+
+
+def run_rank(variables, script, arguments, before):
+    os.environ.update(variables)
+    run_script(script, arguments, before)
+
+
+def forked(folder, processes, *arguments, script="train", before=None, status=0):
+    """What the processes of a run print, one after another; torchrun starts them likewise, in four times as long."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = [
+        Fork(
+            folder / f"rank{rank}.log", run_rank, {**where, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            script, arguments, before,
+        )
+        for rank in range(processes)
+    ]
+    statuses = [rank.wait() for rank in ranks]
+    printed = "".join(rank.log.read_text() for rank in ranks)
+    assert statuses[0] == status and any(statuses) == bool(status), printed
+    return printed
 
 
 def wait_for_state(process, folder):
@@ -75,9 +104,8 @@ def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     pairs, val = make_pairs(folder / "pairs"), make_pairs(folder / "val", (4, 5, 6))
     flags = {"max_steps": 6, "optimizer": "muon", "ema": 0.9, "save_steps": 2, "val_path": val, "recurrent_iter": 1}
-    command = [sys.executable, str(ROOT / "train.py"), *options(pairs, folder / "run", **flags)]
-    child = subprocess.run(command, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    alone = Fork(folder / "log", run_script, "train", options(pairs, folder / "run", **flags))
+    assert alone.wait() == 0, alone.log.read_text()
     return pairs, flags, folder / "run"
 
 
@@ -86,7 +114,7 @@ def one_process(tmp_path_factory):
 def test_several_processes_train_as_one(one_process, tmp_path, processes):
     """What is logged is the mean of all, whose patches differ. The pairs to validate on are shared among them."""
     pairs, flags, alone = one_process
-    out, _ = finish(start(processes, *options(pairs, tmp_path / "several", **flags)))
+    out = forked(tmp_path, processes, *options(pairs, tmp_path / "several", **flags))
     assert out.count("epoch 1, step 4,") == 1, "one process writes the log"
     folders = alone, tmp_path / "several"
     lines = [read_lines(folder) for folder in folders]
@@ -160,30 +188,21 @@ def test_torchrun_restarts_a_run_that_lost_a_process_and_it_goes_on(tmp_path):
     assert 0 < int(going_on) < 300 == read_state(folder)["position"]["step"]
 
 
-SLOW = """
-import sys, time
-sys.path.insert(0, {root!r})
-from datetime import timedelta
-import DerainDataset, train, utils
-from torch.distributed import distributed_c10d
+def pack_slowly():
+    distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=2)
+    pack = DerainDataset.pack
 
-distributed_c10d.default_pg_timeout = timedelta(seconds=2)
-pack = DerainDataset.pack
+    def slow_pack(*arguments):
+        time.sleep(6)
+        return pack(*arguments)
 
-def slow_pack(*arguments):
-    time.sleep(6)
-    return pack(*arguments)
-
-DerainDataset.pack = slow_pack
-utils.run_script(train.main)
-"""
+    DerainDataset.pack = slow_pack
 
 
 @pytest.mark.slow
 def test_a_first_process_that_packs_for_longer_than_pytorch_waits_does_not_end_the_run(tmp_path):
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW.format(root=str(ROOT)))
-    finish(start(2, *tiny(make_pairs(tmp_path / "pairs"), tmp_path / "run", max_steps=2), script=script))
+    arguments = tiny(make_pairs(tmp_path / "pairs"), tmp_path / "run", max_steps=2)
+    forked(tmp_path, 2, *arguments, before=pack_slowly)
     assert read_state(tmp_path / "run")["position"]["step"] == 2
 
 
@@ -194,8 +213,8 @@ def test_processes_share_the_pictures_of_a_folder(run, tmp_path, checkpoint):
     (folder / "norain-6.png").write_bytes((folder / "norain-1.png").read_bytes())
     arguments = ["--test_data_path", folder, "--save_path", checkpoint, "--device", "cpu"]
     alone = run("test", *arguments, "--output_path", tmp_path / "alone")
-    out, err = finish(start(2, *arguments, "--output_path", tmp_path / "both", script=ROOT / "test.py"), status=1)
-    assert alone.status == 1 and alone.err.splitlines()[-1] in err
+    out = forked(tmp_path, 2, *arguments, "--output_path", tmp_path / "both", script="test", status=1)
+    assert alone.status == 1 and alone.err.splitlines()[-1] in out
     tables = [
         [without(row, ["seconds"]) for row in read_csv(tmp_path / name / "metrics.csv")] for name in ("alone", "both")
     ]
@@ -205,21 +224,15 @@ def test_processes_share_the_pictures_of_a_folder(run, tmp_path, checkpoint):
     assert out.count("rain-2.png") == 1
 
 
-TELLING = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import test, utils
+def tell_of_frames():
+    derain = test.derain
 
-derain = test.derain
+    def telling(*arguments):
+        time.sleep(0.2)
+        print(f"process {os.environ['RANK']} has a frame", file=sys.stderr, flush=True)
+        return derain(*arguments)
 
-def telling(*arguments):
-    time.sleep(0.2)
-    print("process " + os.environ["RANK"] + " has a frame", file=sys.stderr, flush=True)
-    return derain(*arguments)
-
-test.derain = telling
-utils.run_script(test.main)
-"""
+    test.derain = telling
 
 
 @pytest.mark.slow
@@ -228,12 +241,10 @@ def test_processes_share_the_frames_of_a_video(run, tmp_path, checkpoint):
     arguments = ["--save_path", checkpoint, "--device", "cpu", "--recurrent_iter", 1, "--codec", "ffv1"]
     alone = run("test", "--test_data_path", pattern, *arguments, "--output_path", tmp_path / "alone")
     assert alone.status == 0, alone
-    script = tmp_path / "telling.py"
-    script.write_text(TELLING.format(root=str(ROOT)))
     arguments += ["--output_path", tmp_path / "both"]
-    out, err = finish(start(3, "--test_data_path", pattern, *arguments, script=script))
+    out = forked(tmp_path, 3, "--test_data_path", pattern, *arguments, script="test", before=tell_of_frames)
     assert out.count("9 frames") == 1
-    assert all(f"process {rank} has a frame" in err for rank in range(3)) and err.count("has a frame") == 9
+    assert all(f"process {rank} has a frame" in out for rank in range(3)) and out.count("has a frame") == 9
     assert set(contents(tmp_path / "both")) == set(contents(tmp_path / "alone"))
     videos = [frames_of(*(tmp_path / folder).glob("*.mkv")) for folder in ("alone", "both")]
     assert np.array_equal(*videos) and len(videos[0]) == 9
