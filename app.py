@@ -4,7 +4,9 @@
     python app.py
 
 opens it on http://127.0.0.1:7860, for this machine alone: what is dropped goes nowhere else, and the page loads nothing
-from anywhere. Pictures and videos are done as test.py does them with the same options, to the byte.
+from anywhere. Pictures and videos are done as test.py does them with the same options, to the byte. Without --save_path
+the model "automatic" takes the weights that test.py takes: others for a rainy picture alone than beside a clean one.
+--recurrent_iter and --use_dilation are for that model, or for that of --save_path; the bundled ones need neither.
 """
 import argparse
 import functools
@@ -19,6 +21,7 @@ import threading
 import time
 import traceback
 from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +32,8 @@ from metrics import measure
 from outputs import METRICS, model_name
 from pairs import Pair
 from test import (
-    HALF_PRECISIONS, Saving, derain, describe_change, load_runner, parse_args as parse_test_args, plan_jobs, process,
-    save, video_options,
+    HALF_PRECISIONS, Saving, derain, describe_change, faults_of, fill_in_defaults, load_runner,
+    parse_args as parse_test_args, plan_jobs, process, save, video_options,
 )
 from utils import InputError, RunError, at_least, counted, natural_key, printable, run_script
 from video import derain_video, write_report
@@ -40,11 +43,17 @@ SAMPLE = Path(__file__).resolve().parent / "datasets/test/RainSample"
 PACKAGES = "pip install -r requirements-app.txt"
 PRECISIONS = ("fp32", *HALF_PRECISIONS, "auto")
 LARGEST_QUEUE = 20  # jobs that wait; further ones are told to come back
-KEPT = 24 * 3600  # seconds for which uploads are kept, which should be longer than any job
+AUTOMATIC = "automatic"  # the model that test.py takes by itself
+KEPT = 24 * 3600  # seconds after which uploads go that no video is being made of, and results
+GRACE = 3600  # seconds after which the results of a page go that no longer answers
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # that end the server; Windows has no SIGHUP
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # options of an event
 STYLE = """
 footer { display: none !important; }
 .report table { width: auto; }
+.report table td { white-space: nowrap; }
+.report table th { overflow-wrap: normal; word-break: normal; }
+@media (max-width: 500px) { .report table :is(th, td) { padding: 4px; font-size: 12px; } }
 """
 
 
@@ -108,7 +117,7 @@ class Jobs:
     """The jobs of all visitors, of which one at a time has the processor and the memory.
 
     A visitor is a page that is open in a browser. The results of a job are kept until the next one of the same tab of
-    that page is done, or the page is closed.
+    that page is done, for ``KEPT`` seconds at most, and for ``GRACE`` seconds once the page has gone.
 
     Args:
         folder: where each job gets a folder of its own.
@@ -116,36 +125,56 @@ class Jobs:
 
     def __init__(self, folder):
         self.folder, self.turn = folder, threading.Lock()
-        self.cancelled, self.results = {}, {}  # {(visitor, tab): event}, {(visitor, tab): folder}
+        self.lock = threading.Lock()  # of both dictionaries, whose keys are (visitor, tab)
+        self.cancelled, self.results = {}, {}  # an event each; (folder, the time.monotonic() at which it goes) each
 
     @contextmanager
     def open(self, visitor, tab):
         """Yield the ``Work`` of a new job once it is its turn. If it fails or is cancelled, its folder goes."""
-        cancelled = self.cancelled[visitor, tab] = threading.Event()
+        cancelled, key = threading.Event(), (visitor, tab)
+        with self.lock:
+            self.cancelled[key] = cancelled
         with self.turn:  # that of a cancelled job ends with the frame or the picture that it is at
             work = Work(Path(tempfile.mkdtemp(prefix="job-", dir=self.folder)), cancelled)
             try:
                 work.check()
                 yield work
-                work.check()
+                with self.lock:  # so that the visitor leaves either before, or when the results can be found
+                    work.check()
+                    before, _ = self.results.get(key, (None, None))
+                    self.results[key] = work.folder, time.monotonic() + KEPT
             except BaseException:
                 shutil.rmtree(work.folder, ignore_errors=True)
                 raise
-            if before := self.results.get((visitor, tab)):
+            if before:
                 shutil.rmtree(before, ignore_errors=True)
-            self.results[visitor, tab] = work.folder
 
     def cancel(self, visitor, tab):
         """End the job that a tab waits for. Results of an earlier one stay."""
-        if cancelled := self.cancelled.get((visitor, tab)):
-            cancelled.set()
+        with self.lock:
+            if cancelled := self.cancelled.get((visitor, tab)):
+                cancelled.set()
 
-    def forget(self, visitor):
-        """Cancel the jobs of a visitor who has gone, and remove the results."""
-        for key in [key for key in self.cancelled if key[0] == visitor]:
-            self.cancelled.pop(key).set()
-            if before := self.results.pop(key, None):
-                shutil.rmtree(before, ignore_errors=True)
+    def leave(self, visitor):
+        """Cancel the jobs of a page that no longer answers. Its results stay for a while.
+
+        The page may be closed, or on a phone that sleeps or has changed to another network: then it still shows its
+        results when the phone is awake, and can download them.
+        """
+        with self.lock:
+            for key in [key for key in self.cancelled if key[0] == visitor]:
+                self.cancelled.pop(key).set()
+                if key in self.results:
+                    folder, end = self.results[key]
+                    self.results[key] = folder, min(end, time.monotonic() + GRACE)
+
+    def sweep(self):
+        """Remove the results whose time has come."""
+        now = time.monotonic()
+        with self.lock:
+            old = [self.results.pop(key)[0] for key, (_, end) in list(self.results.items()) if end <= now]
+        for folder in old:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # What the tabs do
@@ -167,43 +196,57 @@ class Desk:
         folder: for the results.
 
     Attributes:
-        models: {name: options of test.py that choose it}; ``default`` is the name of the one that --save_path means.
+        models: {name: options of test.py that choose it}; ``default`` is the name of the first: the one that
+            --save_path means, or ``AUTOMATIC``.
+        folders: those that a visitor need not know: of uploads and results, and of the weights.
     """
 
     def __init__(self, args, folder):
         self.args, self.jobs, self.device = args, Jobs(folder), pick_device(args.device)
         checkpoint = find_checkpoint(args.save_path, photographs=True)
+        self.folders = [folder, BUNDLED, checkpoint.parent]
         load_network(checkpoint, args.recurrent_iter, args.use_dilation)  # or say what is wrong
-        self.models = {path.stem: ["--save_path", str(path)] for path in sorted(BUNDLED.glob("*.pth"))}
-        self.default = model_name(args.save_path, checkpoint)
-        if checkpoint.resolve().parent != BUNDLED and self.default in self.models:
-            self.default = str(checkpoint)  # as a run may be called as bundled weights are
-        own = self.models[self.default] = ["--save_path", str(checkpoint)]
+        bundled = {path.stem: ["--save_path", str(path)] for path in sorted(BUNDLED.glob("*.pth"))}
+        self.default, own = AUTOMATIC, []
+        if args.save_path is not None:
+            self.default, own = model_name(args.save_path, checkpoint), ["--save_path", str(args.save_path)]
+            if checkpoint.resolve().parent != BUNDLED and self.default in bundled:
+                self.default += " of --save_path"  # as a run may be called as bundled weights are
         for name in ("recurrent_iter", "use_dilation"):
             if getattr(args, name) is not None:
                 own += [f"--{name}", str(getattr(args, name))]
+        bundled.pop(self.default, None)  # the same weights
+        self.models = {self.default: own, **bundled}
 
-    def options(self, path, choice, folder):
-        """The arguments of a test.py that does the same."""
+    def options(self, path, choice, folder, photographs=True):
+        """The arguments of a test.py that does the same; ``photographs`` is whether there is no clean picture."""
         memory = [] if self.args.max_memory is None else ["--max_memory", str(self.args.max_memory)]
-        return parse_test_args([
+        args = parse_test_args([
             "--test_data_path", str(path), "--output_path", str(folder), *self.models[choice.model], "--precision",
             choice.precision, "--self_ensemble", str(choice.self_ensemble), "--device", self.args.device, *memory,
         ])
+        fill_in_defaults(args, photographs)
+        return args
 
     def check_size(self, path, width, height):
         """Refuse a picture, or a video with frames, of more than --max_megapixels."""
-        megapixels, limit = width * height / 1e6, self.args.max_megapixels
-        if megapixels > limit:
-            raise InputError(f"{path}: {width}x{height}, {megapixels:.1f} megapixels; expected at most {limit:g} here")
+        limit = round(1e6 * self.args.max_megapixels)
+        if width * height > limit:
+            raise InputError(f"{path}: {width}x{height}, {width * height:,} pixels; expected at most {limit:,} here")
 
-    def picture(self, visitor, rainy, clean, choice):
+    def check_length(self, path, count):
+        """Refuse a video of more than --max_frames."""
+        limit = self.args.max_frames
+        if count > limit:
+            raise InputError(f"{path}: more than {counted(limit, 'frame')}; expected at most that many here")
+
+    def picture(self, visitor, choice, rainy, clean=None):
         """Derain a picture.
 
         Args:
             visitor: who wants it.
-            rainy, clean: paths; ``clean`` is None where there is none.
             choice: a ``Choice``.
+            rainy, clean: paths; ``clean`` is None where there is none.
 
         Returns:
             (rainy picture as PNG, derained picture, text on it), two paths and Markdown.
@@ -214,7 +257,7 @@ class Desk:
                 if path:
                     height, width = image_size(path)
                     self.check_size(path, width, height)
-            args = self.options(rainy, choice, work.folder)
+            args = self.options(rainy, choice, work.folder, photographs=not clean)
             job, = plan_jobs([(Pair(rainy, clean), Path(), None)], args)
             with PeakMemory(self.device) as memory:
                 row, _ = process(
@@ -223,60 +266,76 @@ class Desk:
                 )
             image, before = read_image(rainy), work.folder / "before" / job.output.name
             save(before, image, read_metadata(rainy))  # as PNG, since a browser shows neither TIFF nor HEIC
-            text = describe_job(choice, image.shape, 8 * image.itemsize, time.perf_counter() - started, memory.peak)
+            what = f"{describe_size(image.shape)}, {8 * image.itemsize} bits"
+            text = describe_job(what, args, choice, time.perf_counter() - started, memory.peak)
             if clean:
                 reference = read_rgb(clean)
                 text += "\n\n" + table_of({"rainy": measure(read_rgb(rainy), reference), "derained": row})
         return before, job.output, text
 
-    def video(self, visitor, path, choice, report):
+    def count_frames(self, path):
+        """The number of frames of a video, or any larger than --max_frames; refuses what is no video or too large.
+
+        A recording of a browser, and a bare stream of H.264, declare no number; then it is that of the packets. Where
+        one is declared, there may be more packets: some codecs have such as are not shown.
+        """
+        with closing(open_source(path)) as source:
+            context = source.stream.codec_context
+            self.check_size(path, context.width, context.height)
+            packets = sum(1 for _ in islice(source.packets(source.stream), self.args.max_frames + 1))
+            return min(packets, source.count or packets)
+
+    def video(self, visitor, choice, path, report):
         """Derain a video.
 
         Args:
             visitor, choice: as for ``picture``.
             path: of the video.
-            report: is called with how many frames are done and how many there are in all, 0 if that is not known.
+            report: is called with how many frames are done and how many there are in all.
 
         Returns:
             (derained video, text on it), a path and Markdown.
         """
-        limit = self.args.max_frames
         with self.jobs.open(visitor, "video") as work:
             started = time.perf_counter()
-            with closing(open_source(path)) as source:
-                count, context = source.count, source.stream.codec_context
-                self.check_size(path, context.width, context.height)
-            if count > limit:
-                raise InputError(f"{path}: {counted(count, 'frame')}; expected at most {limit} here")
+            self.check_length(path, count := self.count_frames(path))
             args = self.options(path, choice, work.folder)
             runner, shape, done = load_runner(args, self.device), None, 0
 
             def derain_frame(frame):
                 nonlocal shape, done
                 work.check()
-                if done >= limit:  # of a file that declares fewer frames than it has
-                    raise InputError(f"{path}: more than {counted(limit, 'frame')}; expected at most that many here")
+                self.check_length(path, done + 1)  # of a file that declares fewer frames than it has
+                os.utime(path)  # Gradio removes uploads by their age, and a video may take longer than that
                 report(done, count)
-                derained, _ = derain(runner, frame, self.device)
+                with faults_of(path):
+                    derained, _ = derain(runner, frame, self.device)
                 shape, done = frame.shape, done + 1
                 return derained
 
             with PeakMemory(self.device) as memory:
                 result = derain_video(path, work.folder, derain_frame, video_options(args))
             average = write_report(result.output.with_suffix(".csv"), result.rows)
-            sentences = [describe_job(choice, shape, None, time.perf_counter() - started, memory.peak)]
+            seconds = time.perf_counter() - started
+            sentences = [describe_job(describe_size(shape), args, choice, seconds, memory.peak)]
             number = counted(len(result.rows), "frame")
             sentences += [f"{number}, {average['seconds']:.2f} s each", describe_change(average)]
-            return result.output, "\n\n".join(filter(None, [*sentences, *result.faults]))
+            return result.output, "\n\n".join(filter(None, [*sentences, *result.notes, *result.faults]))
 
 
-def describe_job(choice, shape, bits, seconds, memory):
-    """The time, size and memory of a job, as a line of Markdown."""
-    parts = [f"**{shape[1]} × {shape[0]}**" + f", {bits} bits" * bool(bits), f"{seconds:.1f} s"]
+def describe_size(shape):
+    """The size of a picture, from its shape, as Markdown."""
+    return f"**{shape[1]} × {shape[0]}**"
+
+
+def describe_job(what, args, choice, seconds, memory):
+    """``what`` has been done, and the time, memory and weights it took, as a line of Markdown."""
+    parts = [what, f"{seconds:.1f} s"]
     if memory is not None:
         parts.append(f"{memory / 2**20:,.0f} MiB of memory")
+    model = model_name(args.save_path, args.checkpoint) if choice.model == AUTOMATIC else choice.model
     ensemble = ", self-ensemble" * choice.self_ensemble
-    return " · ".join([*parts, f"`{choice.model}`, {choice.precision}{ensemble}"])
+    return " · ".join([*parts, f"`{model}`, {choice.precision}{ensemble}"])
 
 
 def table_of(rows):
@@ -301,10 +360,20 @@ def load_gradio():
     return gradio
 
 
-def sentence(error, folder):
-    """What is wrong, as HTML, without the folders of the server."""
-    text = re.sub(rf"{re.escape(str(folder))}[/\\][^/\\]+[/\\]", "", str(error)).replace("--test_data_path ", "")
-    return html.escape(printable(text))
+def sentence(error, folders):
+    """What is wrong, as HTML, without the folders of the server.
+
+    Args:
+        error: an exception.
+        folders: those whose names are known, which may hold spaces.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = ": ".join([Path(os.fsdecode(name)).name for name in (error.filename,) if name] + [error.strerror])
+    for folder in folders:
+        text = re.sub(rf"{re.escape(str(folder))}[/\\](?:[^/\\\s]+[/\\])*", "", text)
+    text = re.sub(r"(?<![\w./:\\])(?:[A-Za-z]:)?[/\\](?:[^/\\\s:'\"]+[/\\])+", "", text)
+    return html.escape(printable(text.replace("--test_data_path ", "")))
 
 
 class Page:
@@ -312,11 +381,10 @@ class Page:
 
     Args:
         desk: a ``Desk``.
-        folder: of all uploads and results.
     """
 
-    def __init__(self, desk, folder):
-        self.desk, self.folder, self.gr = desk, folder, load_gradio()
+    def __init__(self, desk):
+        self.desk, self.gr = desk, load_gradio()
 
     def build(self):
         """The page, as ``gradio.Blocks``."""
@@ -342,7 +410,11 @@ class Page:
                 self.picture_tab("pair", ["Rainy picture", "Clean picture"], choices)
             with gr.Tab("Video"):
                 self.video_tab(choices)
-            page.unload(self.forget())
+
+            def leave(request: gr.Request):
+                self.desk.jobs.leave(request.session_hash)
+
+            page.unload(leave)
         page.queue(max_size=LARGEST_QUEUE)
         return page
 
@@ -364,25 +436,15 @@ class Page:
                 download = gr.DownloadButton("Download", interactive=False, elem_id=f"{name}_download")
         self.examples(files)  # last, so that the result is in sight on a phone too
 
-        def run(rainy, clean, chosen, request):
-            if not rainy or not clean and len(files) == 2:
+        @self.answering
+        def run(request: gr.Request, *inputs):
+            paths, choice = inputs[: len(files)], Choice(*inputs[len(files) :])
+            if not all(paths):
                 raise InputError(f"expected {' and '.join(f'a {label.lower()}' for label in labels)}")
-            rainy, clean = Path(rainy), Path(clean) if clean else None
-            before, after, report = desk.picture(request.session_hash, rainy, clean, Choice(*chosen))
+            before, after, report = desk.picture(request.session_hash, choice, *map(Path, paths))
             return (str(before), str(after)), report, gr.DownloadButton(value=str(after), interactive=True)
 
-        @self.answering
-        def run_picture(rainy, model, precision, self_ensemble, request: gr.Request):
-            return run(rainy, None, (model, precision, self_ensemble), request)
-
-        @self.answering
-        def run_pair(rainy, clean, model, precision, self_ensemble, request: gr.Request):
-            return run(rainy, clean, (model, precision, self_ensemble), request)
-
-        button.click(
-            run_picture if len(files) == 1 else run_pair, [*files, *choices], [slider, text, download],
-            **self.one_at_a_time(slider),
-        )
+        button.click(run, [*files, *choices], [slider, text, download], **self.one_at_a_time(slider))
 
     def video_tab(self, choices):
         gr, desk = self.gr, self.desk
@@ -407,7 +469,7 @@ class Page:
 
             choice = Choice(model, precision, self_ensemble)
             try:
-                output, sentences = desk.video(request.session_hash, Path(clip), choice, report)
+                output, sentences = desk.video(request.session_hash, choice, Path(clip), report)
             except Cancelled:  # which may end the job before the page has let go of it
                 return gr.skip(), "Cancelled.", gr.skip()
             shown = str(output) if output.suffix == ".mp4" else None  # browsers play no .mkv
@@ -445,23 +507,19 @@ class Page:
 
         examples.click(take, examples, files, **AT_ONCE)
 
-    def forget(self):
-        gr, desk = self.gr, self.desk
-
-        def forget(request: gr.Request):
-            desk.jobs.forget(request.session_hash)
-
-        return forget
-
     def answering(self, function):
         """Make of what goes wrong a sentence in the page; a fault of this program leaves its traceback here too."""
 
         @functools.wraps(function)
         def answer(*inputs):
             try:
-                return function(*inputs)
+                try:
+                    return function(*inputs)
+                except (MemoryError, RuntimeError):
+                    with faults_of("this job"):  # makes an InputError of it if it is for want of memory
+                        raise
             except (InputError, RunError, OSError) as error:
-                message = sentence(error, self.folder)
+                message = sentence(error, self.desk.folders)
             except Exception:
                 traceback.print_exc()
                 message = "This is a fault of the program, whose console tells more."
@@ -488,16 +546,18 @@ def open_port(host, port):
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise InputError(f"--host {host}: expected an address of this machine ({error.strerror or error})") from None
+    except (OSError, UnicodeError) as error:
+        parts = "a part of it between dots is empty or too long"
+        reason = parts if isinstance(error, UnicodeError) else error.strerror or error
+        raise InputError(f"--host {host}: expected an address of this machine ({reason})") from None
     try:
         return socket.create_server(address, family=family)
     except OSError as error:
         raise InputError(f"--host {host} --port {port}: cannot be opened ({error.strerror or error})") from None
 
 
-def serve(page, args, listener):
-    """Serve the page until an exception comes, such as ``Stopped``."""
+def serve(page, desk, listener):
+    """Serve the page until a signal comes."""
     from fastapi import FastAPI
     from gradio import mount_gradio_app, themes
     from uvicorn import Config, Server
@@ -505,7 +565,7 @@ def serve(page, args, listener):
     system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing is loaded
     app = mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None), page, "/", footer_links=[], run_history=False, ssr_mode=False,
-        pwa=False, mcp_server=False, enable_monitoring=False, max_file_size=args.max_upload * 2**20,
+        pwa=False, mcp_server=False, enable_monitoring=False, max_file_size=desk.args.max_upload * 2**20,
         allowed_paths=[str(SAMPLE)], theme=themes.Base(primary_hue="blue", **system), css=STYLE,
         app_kwargs={"docs_url": None, "redoc_url": None},
     )
@@ -516,31 +576,32 @@ def serve(page, args, listener):
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     while thread.is_alive():
         thread.join(1)  # without a number, Windows would hand on no Ctrl-C
+        desk.jobs.sweep()
     raise RunError("the server has ended")  # uvicorn has said why
 
 
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM has come, whose number is the argument."""
+def end_with_signals(folder):
+    """Let the signals that end the server remove ``folder`` first."""
 
+    def stop(number, frame):
+        for _ in range(2):  # for what the server's threads put there while it is emptied
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + number)  # at once, and not when the job that is running is done
 
-def stop(number, frame):
-    raise Stopped(number)
+    for name in SIGNALS:
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, stop)
 
 
 def main():
     args = parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="sapnet-", ignore_cleanup_errors=True) as folder:
-            folder = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(folder)  # where Gradio puts what is uploaded
-            desk = Desk(args, folder)
-            with open_port(args.host, args.port) as listener:
-                page = Page(desk, folder).build()
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, stop)
-                serve(page, args, listener)
-    except Stopped as stopped:
-        shutil.rmtree(folder, ignore_errors=True)  # what the server's thread has put there while it was emptied
-        os._exit(128 + stopped.args[0])  # at once, and not when the job that is running is done
+    with tempfile.TemporaryDirectory(prefix="sapnet-", ignore_cleanup_errors=True) as folder:
+        end_with_signals(folder)  # before the seconds in which Gradio loads
+        folder = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(folder)  # where Gradio puts what is uploaded
+        desk = Desk(args, folder)
+        with open_port(args.host, args.port) as listener:
+            serve(Page(desk).build(), desk, listener)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class VideoResult(NamedTuple):
 
     ``rows`` has a dictionary with the keys ``COLUMNS`` for each frame that was derained, earlier runs included;
     ``last`` is the number of the last frame in the output; ``faults`` are sentences on what could not be read;
-    ``stopped`` is the number of the signal that ended it early, or 0.
+    ``stopped`` is the number of the signal that ended it early, or 0; ``notes`` are sentences on what the output does
+    not keep, and on what not all players can play.
     """
 
     output: Path
@@ -66,6 +67,7 @@ class VideoResult(NamedTuple):
     last: int
     faults: list
     stopped: int
+    notes: list | tuple = ()
 
 
 # Stopping and going on
@@ -329,7 +331,8 @@ def derain_video(path, folder, derain, options):
                 ]
                 for sentence in sentences:
                     print(f"{printable(path)}: {sentence}")
-                return run(writer, chain(leading, shots), Deraining(writer, derain, options.at_once), signals)
+                result = run(writer, chain(leading, shots), Deraining(writer, derain, options.at_once), signals)
+                return result._replace(notes=sentences)
             except OSError as error:
                 raise RunError(f"{output}: could not be written ({error.strerror or error})") from None
             except KeyboardInterrupt:  # before the first frame

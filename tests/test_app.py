@@ -1,13 +1,17 @@
-"""app.py in a real browser: pictures and videos are done as by test.py, and nothing leaves the machine."""
+"""app.py, also in a real browser: pictures and videos are done as by test.py, and nothing leaves the machine."""
 import csv
+import errno
 import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -19,6 +23,7 @@ import torch
 from PIL import ImageCms
 
 import utils
+from app import AUTOMATIC, Cancelled, Choice, Desk, Jobs, Page, parse_args, sentence
 from checkpoints import save_checkpoint
 from conftest import ROOT, contents, make_pairs, photo, save, with_rain
 from images import read_image, read_metadata, read_rgb, write_image
@@ -59,6 +64,8 @@ PATIENCE = 60  # seconds
         (("--max_megapixels", 0), ["--max_megapixels", "or more, got 0"]),
         (("--device", "abacus"), ["--device abacus"]),
         (("--host", "192.0.2.1"), ["--host 192.0.2.1"]),  # reserved for documents, so of no machine
+        (("--host", "127..0.1"), ["--host 127..0.1", "an address of this machine"]),
+        (("--host", "a" * 64), ["an address of this machine"]),  # a label has 63 letters at most
     ],
 )
 def test_a_wrong_option_is_one_sentence(refused, arguments, names):
@@ -74,6 +81,204 @@ def test_a_port_in_use_is_one_sentence(refused):
 def test_without_gradio_the_sentence_says_how_to_install_it(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     refused("app", "--port", 0, names=["pip install -r requirements-app.txt"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", None)])
+def test_a_signal_while_gradio_loads_leaves_no_folder(tmp_path, number):
+    """SIGHUP is what a terminal sends that is closed."""
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -r requirements-app.txt")
+    child = subprocess.Popen(
+        [sys.executable, "app.py", "--port", "0"], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    end = time.monotonic() + PATIENCE
+    while not any(tmp_path.glob("sapnet-*")):
+        assert child.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.1)
+    child.send_signal(number)
+    out, _ = child.communicate(timeout=PATIENCE)
+    assert out == b"", "it had loaded"
+    assert child.returncode == 128 + number and not any(tmp_path.iterdir())
+
+
+# What the page does, without it
+
+
+@pytest.fixture
+def desk(checkpoint, tmp_path):
+    """A function that makes a ``Desk`` from further options; its default model is a network of two stages."""
+
+    def make(*options, save_path=checkpoint):
+        folder = tmp_path / "served"
+        folder.mkdir(exist_ok=True)
+        chosen = ["--save_path", save_path] if save_path else []
+        return Desk(parse_args([*map(str, chosen), "--device", "cpu", *map(str, options)]), folder)
+
+    return make
+
+
+def chosen(desk):
+    return Choice(desk.default, "fp32", False)
+
+
+def make_video(path, container, codec, size=(64, 48), frames=6, **options):
+    """A video of noise in a file format, with its options."""
+    with av.open(str(path), "w", format=container, options=options) as output:
+        stream = output.add_stream(codec, rate=25)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p" if size[0] % 2 == 0 else "yuv444p"
+        for number in range(frames):
+            picture = with_rain(photo(3, size[1], size[0]), number)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        output.mux(stream.encode(None))
+    return path
+
+
+def test_the_weights_are_those_that_test_py_takes(desk, run, tmp_path, monkeypatch):
+    """Of its own accord: others for a picture alone than beside a clean one, and the line on the job names them."""
+    monkeypatch.chdir(tmp_path)  # no run has left weights here
+    folder, page = make_pairs(tmp_path / "pairs", [1], 16, 24), desk(save_path=None)
+    assert list(page.models)[0] == page.default == AUTOMATIC
+    rainy, clean = folder / "rain-1.png", folder / "norain-1.png"
+    for name, pictures, source in (("real", [rainy], rainy), ("general", [rainy, clean], folder)):
+        _, output, text = page.picture("visitor", chosen(page), *pictures)
+        result = run("test", "--test_data_path", source, "--output_path", tmp_path / name)
+        assert f"weights/{name}.pth" in result.out and f"`{name}`, fp32" in text
+        assert output.read_bytes() == (tmp_path / name / "rain-1.png").read_bytes()
+
+
+def test_options_of_the_network_are_for_that_of_save_path(desk, tmp_path):
+    for save_path in ({}, {"save_path": None}):
+        page = desk("--recurrent_iter", 1, **save_path)
+        stages = {name: page.options("a.png", Choice(name, "fp32", False), tmp_path).recurrent_iter
+                  for name in page.models}
+        assert stages.pop(page.default) == 1 and set(stages.values()) == {None}
+
+
+def test_a_picture_that_is_too_large_is_told_in_pixels(desk):
+    with pytest.raises(utils.InputError, match="5776x4336, 25,044,736 pixels; expected at most 25,000,000 here"):
+        desk().check_size(Path("large.png"), 5776, 4336)
+    desk().check_size(Path("large.png"), 5000, 5000)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "options"), [("h264", "libx264", {}), ("webm", "libvpx", {"live": "1"})]
+)
+def test_a_video_that_declares_no_length_is_refused_at_once(desk, tmp_path, container, codec, options):
+    path = make_video(tmp_path / f"clip.{container}", container, codec, **options)
+    with av.open(str(path)) as video:
+        assert not video.streams.video[0].frames and not video.duration
+    page, done = desk("--max_frames", 5), []
+    with pytest.raises(utils.InputError, match="more than 5 frames; expected at most that many"):
+        page.video("visitor", chosen(page), path, lambda *numbers: done.append(numbers))
+    assert done == [] and list(page.jobs.folder.iterdir()) == []
+    page.args.max_frames = 6
+    output, text = page.video("visitor", chosen(page), path, lambda *numbers: done.append(numbers))
+    assert done[-1] == (5, 6) and "6 frames" in text and output.exists()
+
+
+def test_what_a_video_loses_is_told_beside_it(desk, tmp_path):
+    path, page = make_video(tmp_path / "odd.mkv", "matroska", "ffv1", (63, 47), 2), desk()
+    _, text = page.video("visitor", chosen(page), path, lambda *_: None)
+    assert "yuv444p keeps the odd size, but many players do not play it" in text
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()])
+def test_a_video_without_memory_is_told_as_a_picture_is(desk, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("inference.StripRunner.__call__", fail)
+    path, page = make_video(tmp_path / "clip.mkv", "matroska", "ffv1", frames=2), desk()
+    with pytest.raises(utils.InputError, match="allocate memory|not enough memory") as caught:
+        page.video("visitor", chosen(page), path, lambda *_: None)
+    assert sentence(caught.value, [tmp_path]).startswith("clip.mkv: ") and "written" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (utils.InputError("--test_data_path /tmp/sapnet 1/0af/my clip.mp4: no video"), "my clip.mp4: no video"),
+        (utils.RunError("/tmp/sapnet 1/job-x/before/a.png: could not be written (full)"),
+         "a.png: could not be written (full)"),
+        (utils.InputError("/opt/my weights/real.pth: an empty file; expected .pth or .safetensors"),
+         "real.pth: an empty file; expected .pth or .safetensors"),
+        (utils.RunError("/var/tmp/tmp1: no room for a map and/or more"), "tmp1: no room for a map and/or more"),
+        (utils.RunError(r"C:\Users\me\a.png: no room"), "a.png: no room"),
+        (OSError(errno.ENOSPC, "No space left on device", "/var/tmp/x"), "x: No space left on device"),
+        (utils.InputError("<b>.png: no image"), "&lt;b&gt;.png: no image"),
+    ],
+)
+def test_no_sentence_names_a_folder_of_the_server(error, text):
+    assert sentence(error, [Path("/tmp/sapnet 1"), Path("/opt/my weights")]) == text
+
+
+@pytest.mark.slow
+def test_a_job_without_memory_is_no_fault_of_the_program(desk, capsys):
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -r requirements-app.txt")
+
+    def run(*_):
+        raise MemoryError("Cannot allocate")
+
+    with pytest.raises(gradio.Error, match="not enough memory"):
+        Page(desk()).answering(run)()
+    assert capsys.readouterr().err == ""
+
+
+# Jobs
+
+
+def job(jobs, visitor, tab="picture"):
+    """The folder of a job with a result."""
+    with jobs.open(visitor, tab) as work:
+        (work.folder / "result.png").write_text("result")
+    return work.folder
+
+
+def test_results_stay_for_a_while_when_their_page_is_lost(tmp_path, monkeypatch):
+    """As when a phone sleeps; a later job of the page replaces them, and that one's stay."""
+    jobs, now = Jobs(tmp_path), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    first, lost, replaced = job(jobs, "first"), job(jobs, "second"), job(jobs, "second", "video")
+    jobs.leave("second")
+    kept = job(jobs, "second", "video")
+    assert lost.exists() and not replaced.exists()
+    now += 3599
+    jobs.sweep()
+    assert lost.exists()
+    now += 2
+    jobs.sweep()
+    assert [first.exists(), lost.exists(), kept.exists()] == [True, False, True]
+    now += 24 * 3600
+    jobs.sweep()
+    assert list(tmp_path.iterdir()) == [] and not jobs.results
+
+
+def test_a_page_that_is_lost_ends_its_job(tmp_path):
+    jobs = Jobs(tmp_path)
+    with pytest.raises(Cancelled), jobs.open("visitor", "video"):
+        jobs.leave("visitor")
+    assert list(tmp_path.iterdir()) == [] and not jobs.results and not jobs.cancelled
+
+
+def test_a_page_that_is_lost_as_its_job_ends_leaves_nothing(tmp_path):
+    """Between the last look whether it is still there, and the result becoming known."""
+    jobs, threads = Jobs(tmp_path), []
+
+    def is_set():
+        threads.append(threading.Thread(target=jobs.leave, args=["visitor"]))
+        threads[0].start()
+        threads[0].join(0.2)
+        return False
+
+    with jobs.open("visitor", "picture") as work:
+        work.cancelled.is_set = is_set
+    threads[0].join()
+    (_, end), = jobs.results.values()
+    assert end < time.monotonic() + 3601, "it is kept as if the page were there"
 
 
 # The browser
@@ -260,7 +465,7 @@ def test_a_picture_comes_back_as_test_py_writes_it(visitor, server, driver, run,
     assert "words.png: not a readable image" in refusal and str(server.files) not in refusal
 
     page.derain("picture", save(tmp_path / "large.png", photo(1, 300, 400)))
-    assert "large.png: 400x300, 0.1 megapixels; expected at most 0.06" in page.refusal()
+    assert "large.png: 400x300, 120,000 pixels; expected at most 60,000" in page.refusal()
 
     heavy = save(tmp_path / "heavy.bmp", photo(1, 1200, 1000))
     page.upload("picture_0", heavy)
@@ -321,36 +526,37 @@ def test_two_visitors_get_their_own_results(visitor, server, driver, run, tmp_pa
 @pytest.mark.slow
 def test_a_video_is_cancelled_and_the_next_one_done(visitor, server, run, tmp_path):
     page = visitor()
+    earlier = job_folders(server)
     page.open_tab("Video")
     page.derain("video", write_video(tmp_path / "endless.mp4", 250))
     page.wait(lambda: "/250" in page.text("#video_player"), "progress")
     page.find("#video_cancel")[0].click()
     assert page.report("video") == "Cancelled."
-    page.wait(lambda: not job_folders(server), "the folder to go")
+    page.wait(lambda: job_folders(server) == earlier, "the folder to go")
 
     short = write_video(tmp_path / "short.mp4", 3)
     page.derain("video", short)
     report = page.report("video", "Cancelled.")
     assert "3 frames" in report and "grey levels before" in report
-    assert len(job_folders(server)) == 1
+    assert len(job_folders(server)) == len(earlier) + 1
     (tmp_path / "downloaded.mp4").write_bytes(page.download("video", "short.mp4"))
     derained(run, server, short, tmp_path / "expected")
     assert np.array_equal(frames_of(tmp_path / "downloaded.mp4"), frames_of(tmp_path / "expected/short.mp4"))
 
     page.derain("video", write_video(tmp_path / "long.mp4", 301))
-    assert "long.mp4: 301 frames; expected at most 300" in page.refusal()
+    assert "long.mp4: more than 300 frames; expected at most that many" in page.refusal()
 
 
 @pytest.mark.slow
-def test_a_visitor_leaves_nothing_behind(visitor, server, driver, tmp_path):
-    """All earlier tests have closed their pages; and nothing was asked of another machine all the while."""
-    page = visitor()
-    page.derain("picture", save(tmp_path / "small.png", photo(6)))
-    page.report("picture")
+def test_a_video_ends_when_its_page_is_closed(visitor, server, driver, tmp_path):
+    """And nothing was asked of another machine all the while."""
+    page, earlier = visitor(), job_folders(server)
+    page.open_tab("Video")
+    page.derain("video", write_video(tmp_path / "endless.mp4", 250))
+    page.wait(lambda: "/250" in page.text("#video_player"), "progress")
     assert outside(server, driver) == []
-    page.wait(lambda: len(job_folders(server)) == 1, "the others' folders to go")
     page.leave()
     end = time.monotonic() + PATIENCE
-    while job_folders(server):
+    while job_folders(server) != earlier:
         assert time.monotonic() < end
         time.sleep(0.1)
