@@ -107,7 +107,7 @@ def check_runs(args, passed_on):
     options, kept = {**options, "passed on": passed_on}, args.logs / OPTIONS
     before = json.loads(kept.read_text()) if args.resume and kept.is_file() else options
     if changed := [name for name in options if before.get(name) != options[name]]:
-        raise InputError(f"--resume {kept}: {changed[0]} was {before.get(changed[0])}; expected the options of that time")
+        raise InputError(f"--resume {kept}: {changed[0]} was {before.get(changed[0])}; expected the same options")
     write_text(kept, json.dumps(options, indent=2) + "\n")
 
 

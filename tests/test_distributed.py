@@ -179,13 +179,13 @@ def test_the_run_ends_when_a_process_is_lost(run, tmp_path):
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process_and_it_goes_on(tmp_path):
     pairs, folder = make_pairs(tmp_path / "pairs"), tmp_path / "run"
-    flags = {"epochs": 1000, "milestone": 1000, "max_steps": 300, "save_steps": 2}
+    flags = {"epochs": 1000, "milestone": 1000, "max_steps": 120, "save_steps": 2}
     process = start(2, *tiny(pairs, folder, **flags), restarts=1)
     os.kill(wait_for_state(process, folder)[1], signal.SIGKILL)
     out, err = finish(process)
     assert "another process of the run is gone" in err
     (going_on,) = re.findall(r"going on after step (\d+)", out)
-    assert 0 < int(going_on) < 300 == read_state(folder)["position"]["step"]
+    assert 0 < int(going_on) < 120 == read_state(folder)["position"]["step"]
 
 
 def pack_slowly():
