@@ -16,26 +16,19 @@ derains the images of a folder with it.
 """
 import copy
 import math
-import mmap
 import sys
-import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ContextDecorator
-from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from devices import free_memory, out_of_memory
+from devices import out_of_memory
 from networks import CHANNELS, DILATIONS, GATES, SeparableConv, SplitConv
-from utils import RunError, reserve
-
-MARGIN = max(DILATIONS)  # rows of zeros above and below a feature map, as padding for any of the convolutions
-STRIP_BYTES = 2048  # for each pixel of a strip on a GPU: 768 of the LSTM's tensors in float32, and cuDNN's workspace
-SMALLEST_STRIP = 2**14  # pixels
+from strips import MARGIN, SMALLEST_STRIP, ColumnSums, FeatureMap, column_sums, for_each, strip_pixels
+from utils import RunError
 
 
 # Images and tensors
@@ -74,198 +67,7 @@ def to_image(tensor, dtype=np.uint8):
     return np.rint(image * np.iinfo(dtype).max).astype(dtype)
 
 
-# Strips and feature maps
-
-
-def strip_rows(width, pixels=None, small=False):
-    """Number of rows of a strip, for an image of this width in pixels.
-
-    On a GPU, ``pixels`` says how many pixels a strip may have: ``strip_pixels``.
-
-    On a CPU a strip should be small, to stay in the cache, but have many rows, because each strip also reads the
-    rows around it that its convolution sees (up to 16 above and below). The fastest numbers of rows that were found
-    for widths of 481, 1920 and 4288 are 48, 16 and 16. The rule gives 32, 16 and 16: the 32 are 2 to 5 % slower than
-    the 48 and take a tenth less memory. The number is a multiple of every dilation, as ``dilated_conv`` wants it.
-
-    Args:
-        width: of the image.
-        pixels: of a strip on a GPU; None on a CPU.
-        small: whether the layer needs much memory a pixel and reads at most two rows around a strip, as the LSTM
-            does. Its strips are smaller: at 321x481 it is as fast in 8 rows as in 32, and the whole run takes 60
-            bytes less for each pixel of the image.
-    """
-    if pixels:
-        return max(1, pixels // width)
-    return max(4, round(2**12 / width)) if small else MARGIN * max(1, round(2**10 / width))
-
-
-def strip_pixels(device, maps):
-    """Pixels of a strip on a GPU: a million, which keep it busy, or as many as its free memory has room for.
-
-    Args:
-        device: a torch.device.
-        maps: bytes of the feature maps, which take their part of the memory.
-
-    Returns:
-        The number of pixels, less than ``SMALLEST_STRIP`` where the maps themselves do not fit; None on a CPU.
-    """
-    if device.type == "cpu":
-        return None
-    return int(max(1, min(2**20, (free_memory(device) - maps) / STRIP_BYTES)))
-
-
-def runs_whole(image):
-    """Whether ``StripRunner`` runs the plain network on this image and not strips.
-
-    It does so on a GPU for images of up to 2^20 pixels. There, a layer takes less time than it takes to start its
-    kernels, and strips need three times as many kernels.
-    """
-    return image.device.type != "cpu" and image.shape[2] * image.shape[3] <= 2**20
-
-
-class FeatureMap:
-    """The features of a whole image, with rows of zeros above and below that serve convolutions as zero padding.
-
-    They are stored channels-last, so that the rows of a strip are contiguous in memory and no layer copies them.
-
-    Args:
-        channels, height, width: of the features.
-        dtype, device: of the features.
-        on_disk: map them to a temporary file instead of taking memory (CPU only).
-        margin: number of rows of zeros above, and below.
-
-    Raises:
-        RunError: ``on_disk``, and the file system has no room for the file.
-    """
-
-    strip_pixels = None  # of a strip, on a GPU
-
-    def __init__(self, channels, height, width, dtype, device, on_disk=False, margin=MARGIN):
-        shape = (1, height + 2 * margin, width, channels)
-        if on_disk:
-            # The file loses its name as soon as it is mapped, so it goes with the process, however that ends.
-            with tempfile.NamedTemporaryFile() as file:
-                try:
-                    reserve(file, math.prod(shape) * dtype.itemsize)
-                except OSError as error:
-                    raise RunError(
-                        f"{file.name}: no room for a feature map of {width}x{height} ({error.strerror}); expected a"
-                        " larger --max_memory, or TMPDIR to name a folder with room"
-                    ) from None
-                flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
-        elif torch.device(device).type == "cpu":
-            # A mapping of its own goes back to the system when the map is deleted. What torch.empty gets from malloc
-            # stays with the process in pieces: after images of several sizes, five times as much memory.
-            # Private memory, where there is the choice (not on Windows): it is less work for the system than shared.
-            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-            flat = torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private), dtype=dtype)
-        else:
-            flat = torch.empty(math.prod(shape), dtype=dtype, device=device)
-        self.data = flat.view(shape).permute(0, 3, 1, 2)  # (1, channels, height + 2 * margin, width)
-        self.height, self.margin = height, margin
-        self.data[:, :, :margin] = self.data[:, :, margin + height :] = 0
-
-    def rows(self, start, stop, halo=0):
-        """(1, C, stop - start + 2 * halo, W) view of the rows [start - halo, stop + halo); ``halo`` <= margin."""
-        return self.data[:, :, self.margin + start - halo : self.margin + stop + halo]
-
-    def strips(self, small=False):
-        """List of (start, stop), the first row of each strip and the row after its last."""
-        step = strip_rows(self.data.shape[3], self.strip_pixels, small)
-        return [(start, min(start + step, self.height)) for start in range(0, self.height, step)]
-
-
-@lru_cache
-def strip_threads(count):
-    """``count`` threads that each use one core, for whole strips of an image.
-
-    PyTorch would use all cores within each operation instead. An operation on a strip takes less than a millisecond,
-    and at the end of each the cores wait for one another, spinning: beside another program, which takes a core for
-    longer than that, an image then takes ten times as long. These threads wait for one another once a layer, asleep.
-    """
-    ready = threading.Barrier(count + 1)
-
-    def begin():
-        torch.get_num_threads()  # the first use of the setting in a thread would replace what is set before it
-        torch.set_num_threads(1)
-        ready.wait()
-
-    threads = ThreadPoolExecutor(count, "strip", initializer=begin)
-    try:
-        for _ in range(count):
-            threads.submit(int)
-        ready.wait()
-    except BaseException:
-        ready.abort()  # or the threads would wait for ever
-        raise
-    finally:
-        torch.set_num_threads(count)  # what a thread sets holds for later ones too
-    return threads
-
-
-STARTING = threading.Lock()  # held while threads start, as a thread that first looks at the setting then would keep 1
-
-
-def for_each(function, strips, device):
-    """Call function(start, stop) for each strip; on a CPU, each core has one strip at a time.
-
-    Each core takes the next strip when it has done one, and the caller is woken once, at the end: a future for each
-    strip would take a tenth of the time. Where there are fewer strips than cores, all cores work within the
-    operations on each strip.
-    """
-    with STARTING:
-        count = torch.get_num_threads()
-        threads = strip_threads(count) if device.type == "cpu" and 1 < count <= len(strips) else None
-    if threads is None:
-        for strip in strips:
-            function(*strip)
-        return
-    waiting = iter(strips)
-
-    @torch.inference_mode()  # the mode is that of a thread
-    def work():
-        for strip in waiting:
-            function(*strip)
-
-    try:
-        for worker in [threads.submit(work) for _ in range(count)]:
-            worker.result()
-    finally:
-        for _ in waiting:  # after an error or Ctrl-C the other threads find no further strip
-            pass
-
-
 # What the layers compute
-
-
-def column_sums(rows):
-    """Sum over the rows of a strip: (1, C, R, W), channels-last -> (W, C) float32."""
-    _, channels, height, width = rows.shape
-    # The sum over this view with two dimensions is ten times as fast as rows.sum(2). Rows in bfloat16 are summed up
-    # in float32 inside the kernel and rounded once, at the end; asking for a float32 sum would convert all rows
-    # first, which takes five times as long.
-    flat = rows.permute(0, 2, 3, 1).reshape(height, width * channels)
-    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
-    return flat.sum(0, dtype=dtype).float().view(width, channels)
-
-
-class ColumnSums:
-    """Adds up the ``column_sums`` of a layer's strips, in the order of the strips, whichever core is done first.
-
-    So the total is the same each time, and what has been added takes no more memory.
-    """
-
-    def __init__(self):
-        self.total, self.row, self.early, self.adding = 0, 0, {}, threading.Lock()
-
-    def add(self, start, stop, rows):
-        """Add the sums of a strip: its first row, the row after its last, and (1, C, stop - start, W) its features."""
-        sums = column_sums(rows)
-        with self.adding:
-            self.early[start] = stop, sums
-            while self.row in self.early:
-                self.row, sums = self.early.pop(self.row)
-                self.total = self.total + sums
 
 
 def widest(device):
@@ -449,6 +251,15 @@ def half_network(net, dtype):
     half.conv0 = Cast(copy.deepcopy(net.conv0), dtype)
     half.conv = Cast(copy.deepcopy(net.conv), torch.float32)
     return half
+
+
+def runs_whole(image):
+    """Whether ``StripRunner`` runs the plain network on this image and not strips.
+
+    It does so on a GPU for images of up to 2^20 pixels. There, a layer takes less time than it takes to start its
+    kernels, and strips need three times as many kernels.
+    """
+    return image.device.type != "cpu" and image.shape[2] * image.shape[3] <= 2**20
 
 
 class StripRunner:

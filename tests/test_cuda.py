@@ -8,9 +8,10 @@ import torch
 
 from checkpoints import load_network, load_weights
 from conftest import ROOT, make_pairs
-from inference import StripRunner, strip_pixels, to_image
+from inference import StripRunner, to_image
 from networks import SAPNet
 from runners import SharedRunner
+from strips import strip_pixels
 from test_train import options, read_lines, read_state, without
 
 pytestmark = [

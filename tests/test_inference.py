@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import inference
+import strips
 from checkpoints import load_network
 from conftest import THOROUGH
 from devices import fast_bfloat16
 from images import read_rgb
-from inference import (
-    FeatureMap, StripRunner, column_sums, dense_kernel, dilated_conv, relu, to_image, to_tensor,
-    window_sums,
-)
+from inference import StripRunner, dense_kernel, dilated_conv, relu, to_image, to_tensor, window_sums
 from metrics import luma, psnr
 from networks import RESIDUAL_CONVS, SAPNet
 from runners import self_ensemble
+from strips import FeatureMap, column_sums
 from utils import RunError
 
 VARIANTS = [
@@ -60,7 +59,7 @@ def test_an_image_is_clamped_and_rounded_to_the_nearest_level():
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 1000])
 def test_equals_the_network(variant, rows, monkeypatch):
-    monkeypatch.setattr(inference, "strip_rows", lambda width, pixels, small=False: rows)
+    monkeypatch.setattr(strips, "strip_rows", lambda width, pixels, small=False: rows)
     assert difference(network(**variant), torch.rand(1, 3, 37, 53)) < 1e-5
 
 
@@ -130,7 +129,7 @@ def test_strips_on_the_cpu_and_for_what_they_are_better_at():
 
 def test_threads_that_share_the_strips_change_nothing(monkeypatch):
     """Neither the result nor how many threads PyTorch uses afterwards."""
-    monkeypatch.setattr(inference, "strip_rows", lambda width, pixels, small=False: 8)
+    monkeypatch.setattr(strips, "strip_rows", lambda width, pixels, small=False: 8)
     runner, image, before = StripRunner(network()), torch.rand(1, 3, 90, 70), torch.get_num_threads()
     expected, results = runner(image), []
     try:
@@ -161,29 +160,29 @@ def test_a_thread_for_strips_uses_one_core(two_threads):
         torch.rand(2**18).sigmoid_()
         used[threading.get_ident()] = torch.get_num_threads()
 
-    inference.strip_threads.cache_clear()
-    inference.for_each(use, [(0, 1), (1, 2)], torch.device("cpu"))
+    strips.strip_threads.cache_clear()
+    strips.for_each(use, [(0, 1), (1, 2)], torch.device("cpu"))
     assert list(used.values()) == [1, 1] and torch.get_num_threads() == 2
 
 
 def test_a_thread_that_begins_while_those_for_strips_start_keeps_its_cores(two_threads):
-    inference.strip_threads.cache_clear()
+    strips.strip_threads.cache_clear()
     counts, begin = [], threading.Barrier(3, timeout=60)
 
     def first_call():
         begin.wait()
-        inference.for_each(lambda start, stop: None, [(0, 1), (1, 2)], torch.device("cpu"))
+        strips.for_each(lambda start, stop: None, [(0, 1), (1, 2)], torch.device("cpu"))
         counts.append(torch.get_num_threads())
 
     for caller in [threading.Thread(target=first_call) for _ in range(3)]:
         caller.start()
     while len(counts) < 3:
         time.sleep(0.01)
-    assert counts == [2, 2, 2] and inference.strip_threads.cache_info().misses == 1
+    assert counts == [2, 2, 2] and strips.strip_threads.cache_info().misses == 1
 
 
 def test_a_strip_that_fails_ends_the_image(monkeypatch, two_threads):
-    monkeypatch.setattr(inference, "strip_rows", lambda width, pixels, small=False: 8)
+    monkeypatch.setattr(strips, "strip_rows", lambda width, pixels, small=False: 8)
     monkeypatch.setattr(inference, "dilated_conv", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         StripRunner(network())(torch.rand(1, 3, 90, 70))
@@ -199,18 +198,18 @@ def test_after_a_strip_that_fails_no_further_one_begins(two_threads):
         time.sleep(0.01)
 
     with pytest.raises(KeyError):
-        inference.for_each(fail_once, [(row, row + 1) for row in range(100)], torch.device("cpu"))
+        strips.for_each(fail_once, [(row, row + 1) for row in range(100)], torch.device("cpu"))
     time.sleep(0.1)
     assert len(begun) < 50
 
 
 def test_sums_are_added_in_the_order_of_the_strips():
     rows = torch.rand(1, 2, 3, 4).to(memory_format=torch.channels_last)
-    strips = [(0, 1), (1, 2), (2, 3)]
-    ordered, shuffled = inference.ColumnSums(), inference.ColumnSums()
+    parts = [(0, 1), (1, 2), (2, 3)]
+    ordered, shuffled = strips.ColumnSums(), strips.ColumnSums()
     for sums, order in ((ordered, (0, 1, 2)), (shuffled, (2, 0, 1))):
         for number in order:
-            start, stop = strips[number]
+            start, stop = parts[number]
             sums.add(start, stop, rows[:, :, start:stop])
         assert not sums.early
     assert torch.equal(ordered.total, shuffled.total)
@@ -254,9 +253,9 @@ def test_a_gpu_that_is_too_full_gets_smaller_strips_and_then_the_cpu(monkeypatch
 
 def test_the_strips_of_a_gpu_follow_its_free_memory(monkeypatch):
     for free, pixels in ((80e9, 2**20), (7e9, 488281), (6e9 + 1e6, 488), (1e9, 1)):
-        monkeypatch.setattr(inference, "free_memory", lambda device, free=free: free)
-        assert inference.strip_pixels(torch.device("cuda:0"), 6e9) == pixels
-    assert inference.strip_pixels(torch.device("cpu"), 6e9) is None
+        monkeypatch.setattr(strips, "free_memory", lambda device, free=free: free)
+        assert strips.strip_pixels(torch.device("cuda:0"), 6e9) == pixels
+    assert strips.strip_pixels(torch.device("cpu"), 6e9) is None
 
 
 @pytest.mark.parametrize("dilation, width", [(16, 600), (8, 1024), (2, 4096)])
@@ -394,7 +393,7 @@ def test_equals_the_golden_outputs(shared):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Rain100L", "Rain100H"])
 def test_bfloat16_keeps_the_psnr_of_the_real_sets(shared, name):
-    """All 20 images of each set, or every other one where bfloat16 is slow; whole with THOROUGH=10, otherwise a part."""
+    """All 20 images of each set, or half of them where bfloat16 is slow; whole with THOROUGH=10, otherwise a part."""
     net = load_network(shared / "weights" / "sapnet_published_2021-09.pth")
     runners = [StripRunner(net, dtype) for dtype in (torch.float32, torch.bfloat16)]
     folder, changes = shared / "data" / "test" / name, []

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 
 import cv2
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-import inference
 import test as test_script
 from checkpoints import BUNDLED, PUBLISHED_FOLDER, load_network, save_checkpoint
 from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
@@ -958,7 +958,7 @@ def test_stray_files_of_a_data_set_are_named(test_run, few, tmp_path):
 def test_an_image_without_room_on_the_disk_does_not_cost_the_others(test_run, small_disk, tmp_path, monkeypatch):
     """Its feature maps are mapped from a file, for which there is no room."""
     disk = small_disk("1m")
-    monkeypatch.setattr(inference.tempfile, "tempdir", str(disk))
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
     for name, side in (("a", 12), ("b", 100), ("c", 12)):
         save(tmp_path / f"in/{name}.png", photo(1, side, side))
     output, result = test_run(tmp_path / "in", "--max_memory", 0, status=1)
