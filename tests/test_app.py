@@ -23,9 +23,10 @@ import torch
 from PIL import ImageCms
 
 import utils
-from app import AUTOMATIC, Cancelled, Choice, Desk, Jobs, Page, parse_args, sentence
+from app import Page, parse_args, sentence
 from checkpoints import save_checkpoint
 from conftest import ROOT, contents, make_pairs, photo, save, with_rain
+from desk import AUTOMATIC, Cancelled, Choice, Desk, Jobs
 from images import read_image, read_metadata, read_rgb, write_image
 from metadata import Metadata
 from metrics import measure
