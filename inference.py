@@ -328,12 +328,16 @@ class StripRunner:
             (N, 3, H, W) float32, not clamped. Where a NaN arises on the way, NaN is in the output too, in any dtype.
 
         Raises:
-            ValueError: another shape or type.
+            ValueError: another shape or type; on a CPU also values of another range, such as 0 to 255.
             RunError: the temporary file of an image that needs more than ``max_memory`` finds no room.
         """
         if rainy.dim() != 4 or rainy.shape[1] != 3 or rainy.dtype != torch.float32:
             found = f"{rainy.dtype} of shape {tuple(rainy.shape)}"
             raise ValueError(f"StripRunner expects RGB images as (N, 3, H, W) float32 in [0, 1], got {found}")
+        # Looking at the values would make a GPU wait. What other programs compute may be a little outside [0, 1].
+        if rainy.device.type == "cpu" and (-math.inf < rainy.amin() < -1 or 2 < rainy.amax() < math.inf):
+            found = f"{rainy.amin():g} to {rainy.amax():g}"
+            raise ValueError(f"StripRunner expects RGB images with values in [0, 1], got {found}")
         if runs_whole(rainy):
             try:
                 return self.run_whole(rainy)

@@ -222,11 +222,15 @@ def test_images_of_a_batch_do_not_meet():
 
 
 @pytest.mark.parametrize(
-    "image", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8)],
-    ids=["bytes", "grey", "no batch"],
+    ("image", "found"),
+    [
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8"), (torch.zeros(1, 1, 8, 8), "torch.float32 of shape"),
+        (torch.zeros(3, 8, 8), "torch.float32 of shape"), (255 * torch.eye(8).expand(1, 3, 8, 8), "0 to 255"),
+    ],
+    ids=["bytes", "grey", "no batch", "0 to 255"],
 )
-def test_what_is_no_batch_of_float_images_is_refused(image):
-    with pytest.raises(ValueError, match="expects RGB images .* got torch"):
+def test_what_is_no_batch_of_float_images_is_refused(image, found):
+    with pytest.raises(ValueError, match=f"expects RGB images .* got {found}"):
         StripRunner(network())(image)
 
 
