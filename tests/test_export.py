@@ -53,7 +53,8 @@ def lively(tmp_path_factory):
 def exported(lively, tmp_path_factory):
     """The file of that run, which its tests only read."""
     path = tmp_path_factory.mktemp("exported") / "sapnet.onnx"
-    Fork(path.with_suffix(".log"), run_script, "export", ["--save_path", lively.parent, "--output", path]).wait()
+    export_run = Fork(path.with_suffix(".log"), run_script, "export", ["--save_path", lively.parent, "--output", path])
+    assert export_run.wait() == 0, export_run.log.read_text()
     return path
 
 
