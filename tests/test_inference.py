@@ -224,8 +224,8 @@ def test_images_of_a_batch_do_not_meet():
 @pytest.mark.parametrize(
     ("image", "found"),
     [
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8"), (torch.zeros(1, 1, 8, 8), "torch.float32 of shape"),
-        (torch.zeros(3, 8, 8), "torch.float32 of shape"), (255 * torch.eye(8).expand(1, 3, 8, 8), "0 to 255"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8"), (torch.zeros(1, 1, 8, 8), "torch.float32"),
+        (torch.zeros(3, 8, 8), "torch.float32"), (255 * torch.eye(8).expand(1, 3, 8, 8), "0 to 255"),
     ],
     ids=["bytes", "grey", "no batch", "0 to 255"],
 )
