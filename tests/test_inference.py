@@ -27,9 +27,9 @@ VARIANTS = [
 ]
 
 
-def network(seed=0, **variant):
+def network(seed=0, recurrent_iter=3, **variant):
     torch.manual_seed(seed)
-    return SAPNet(recurrent_iter=3, **variant).eval()
+    return SAPNet(recurrent_iter, **variant).eval()
 
 
 def difference(net, image, dtype=torch.float32, **options):
@@ -237,7 +237,7 @@ def test_what_is_no_batch_of_float_images_is_refused(image, found):
 @pytest.mark.parametrize("room", [2**20, 2**16, 2**15, 100])
 def test_a_gpu_that_is_too_full_gets_smaller_strips_and_then_the_cpu(monkeypatch, room, capsys):
     """The memory of a GPU, imitated: a convolution of more than ``room`` pixels does not fit."""
-    net, image = network(), torch.rand(1, 3, 300, 500)
+    net, image = network(recurrent_iter=2), torch.rand(1, 3, 300, 500)
     expected, convolve, tried = StripRunner(net)(image), F.conv2d, []
 
     def conv2d(rows, *args, **options):
