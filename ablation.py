@@ -100,14 +100,19 @@ def check_runs(args, passed_on):
     Raises:
         InputError: they are not.
     """
-    used = [folder for folder in map(args.logs.joinpath, map("seed{}".format, args.seeds)) if folder.exists()]
+    kept = args.logs / OPTIONS
+    used = [path for path in (kept, *(args.logs / f"seed{seed}" for seed in args.seeds)) if path.exists()]
     if used and not args.resume:
         raise InputError(f"--logs: {used[0]} is there already; expected --resume to go on with it, or another folder")
     options = {name: value for name, value in vars(args).items() if name not in ("seeds", "logs", "output", "resume")}
-    options, kept = {**options, "passed on": passed_on}, args.logs / OPTIONS
-    before = json.loads(kept.read_text()) if args.resume and kept.is_file() else options
-    if changed := [name for name in options if before.get(name) != options[name]]:
-        raise InputError(f"--resume {kept}: {changed[0]} was {before.get(changed[0])}; expected the same options")
+    options["passed on"] = passed_on
+    try:
+        before = json.loads(kept.read_text()) if kept.exists() else options
+        changed = [name for name in options if before[name] != options[name]]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"--resume {kept}: expected the options that this script has written there") from None
+    if changed:
+        raise InputError(f"--resume {kept}: {changed[0]} was {before[changed[0]]}; expected the same options")
     write_text(kept, json.dumps(options, indent=2) + "\n")
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import ablation
-from conftest import photo, save
+from conftest import make_pairs, photo, save
 
 
 def figures(table):
@@ -51,6 +51,17 @@ def test_each_run_is_measured_on_the_pairs_that_it_held_out(run, shared, tmp_pat
     (row,), _ = figures((tmp_path / "table.md").read_text())
     assert np.array_equal(row[:, :1], held_out[0]) and (row[:, 0] != row[:, 1]).any(), "the seed changes nothing"
     assert (tmp_path / "logs/seed0/run0/log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("text", ["mine", "[1]", '{"max_steps": 3}'])
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_file_of_somebody_else_is_not_replaced(refused, tmp_path, text, resume):
+    make_pairs(tmp_path / "pairs")
+    kept = tmp_path / "logs/options.json"
+    kept.parent.mkdir()
+    kept.write_text(text)
+    refused("ablation", "--data_path", tmp_path / "pairs", "--logs", kept.parent, *resume, names=[kept])
+    assert kept.read_text() == text
 
 
 def test_a_seed_given_twice_is_refused(refused, tmp_path):
