@@ -210,8 +210,9 @@ class DerainLoss(nn.Module):
 
     Args:
         pixel_loss: one of ``PIXEL_LOSSES``; "ssim" is the negative SSIM.
-        weights: {name: weight} of the other terms: those of ``WEIGHTS``, and "psnr_loss". A term that is absent or
-            has the weight 0 is neither built nor computed.
+        weights: {name: weight} of the other terms: those of ``WEIGHTS``, "psnr_loss", and "stages", the pixel loss of
+            the stages before the last, on average. A term that is absent or has the weight 0 is neither built nor
+            computed.
         lpips_net: a key of ``LPIPS_NETS``.
         num_of_SegClass, seg_backbone: as for ``UBS``.
         backbone_dir, backbone_weights: as for ``load_backbone``.
@@ -235,30 +236,39 @@ class DerainLoss(nn.Module):
         if "segmentation" in self.weights:
             self.segmentation = SegmentationLoss(num_of_SegClass, seg_backbone, **files)
 
-    def forward(self, derained, clean, rainy, skip=()):
+    def pixel_terms(self, derained, clean):
+        """{name: scalar} of the parts of the pixel loss."""
+        terms = {}
+        if "ssim" in self.pixel_loss:
+            terms["ssim"] = -ssim(derained, clean)
+        if "mse" in self.pixel_loss:
+            terms["mse"] = F.mse_loss(derained, clean)
+        return terms
+
+    def forward(self, derained, clean, rainy, left_out=(), earlier=()):
         """Measure a batch.
 
         Args:
             derained, clean, rainy: (N, 3, H, W) float32 in [0, 1]; ``derained`` may leave the range.
-            skip: names of semantic terms to leave out this time.
+            left_out: names of terms that do not count this time. Semantic ones are not computed either.
+            earlier: what the stages before the last have estimated, each like ``derained`` and of any floating type.
 
         Returns:
-            (total, terms): the loss, a scalar with gradient to ``derained``, and {name: scalar} of all terms as they
-            are before they are weighted.
+            (total, terms): the loss, a scalar with gradient to ``derained`` and ``earlier``, and {name: scalar} of all
+            terms as they are before they are weighted.
         """
-        terms = {}
         with full_precision(derained):
-            if "ssim" in self.pixel_loss:
-                terms["ssim"] = -ssim(derained, clean)
-            if "mse" in self.pixel_loss:
-                terms["mse"] = F.mse_loss(derained, clean)
+            terms = self.pixel_terms(derained, clean)
             if "psnr_loss" in self.weights:
                 terms["psnr_loss"] = psnr_loss(derained, clean)
+            if "stages" in self.weights:
+                before = [sum(self.pixel_terms(estimate.float(), clean).values()) for estimate in earlier]
+                terms["stages"] = torch.stack(before).mean() if before else derained.new_zeros(())
         images = {"contrast": (derained, clean, rainy), "lpips": (derained, clean), "segmentation": (derained,)}
         for name in self.weights:
-            if name in images and name not in skip:
+            if name in images and name not in left_out:
                 terms[name] = getattr(self, name)(*images[name])
-        total = sum(self.weights.get(name, 1) * value for name, value in terms.items())
+        total = sum(self.weights.get(name, 1) * value for name, value in terms.items() if name not in left_out)
         return total, terms
 
 
@@ -269,6 +279,9 @@ def add_loss_options(group):
     """Add train.py's options of the losses."""
     group.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="ssim", help="ssim is the negative SSIM")
     group.add_argument("--w_psnr", type=at_least(0, float), default=0, help="weight of the negative PSNR in dB")
+    group.add_argument(
+        "--w_stages", type=at_least(0, float), default=0, help="weight of the mean pixel loss of the stages before the last"
+    )
     add_flag(group, "--use_contrast", True, "add the perceptual contrastive loss (PCL)")
     add_flag(group, "--use_lpips", True, "add the learned perceptual image similarity loss (LPISL)")
     add_flag(group, "--use_seg_stage1", True, "add the loss of the background segmentation network (UBS)")
@@ -293,6 +306,7 @@ def build_criterion(args, device):
     """The pixel loss and those further terms that the run will come to use."""
     weights = {
         "psnr_loss": args.w_psnr,
+        "stages": args.w_stages,
         "contrast": args.w_contrast if args.use_stage1 and args.use_contrast else 0,
         "lpips": args.w_lpips if args.use_stage1 and args.use_lpips else 0,
         "segmentation": args.w_seg if args.use_stage1 and args.use_seg_stage1 else 0,

@@ -155,16 +155,17 @@ class SAPNet(nn.Module):
             raise ValueError(f"expected weights of SAPNet or PReNet ({mismatch(net, state)})") from None
         return net
 
-    def forward(self, rainy, return_stages=False):
+    def forward(self, rainy, return_stages=False, recurrent_iter=None):
         """Derain a batch.
 
         Args:
             rainy: (N, 3, H, W) RGB in [0, 1], any floating dtype that matches the weights, any H, W >= 1.
             return_stages: also return the list of every stage's estimate.
+            recurrent_iter: number of stages, that of the network by default.
 
         Returns:
             (N, 3, H, W) the last stage's estimate, not clamped; with ``return_stages`` a pair of it
-            and the list of ``recurrent_iter`` estimates, first stage first.
+            and the list of all stages' estimates, first stage first.
         """
         # The four gates read the same input: one 64 -> 128 convolution instead of four 64 -> 32.
         gates = [getattr(self, f"conv_{gate}")[0] for gate in GATES]
@@ -172,7 +173,7 @@ class SAPNet(nn.Module):
         bias = torch.cat([conv.bias for conv in gates])
         derained, stages = rainy, []
         h = c = None
-        for _ in range(self.recurrent_iter):
+        for _ in range(recurrent_iter or self.recurrent_iter):
             f = self.conv0(torch.cat((rainy, derained), 1))
             if h is None:  # h and c start at zero, so their terms drop out
                 z = conv3x3(f, weight[:, :CHANNELS], bias)

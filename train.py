@@ -35,6 +35,7 @@ from pairs import read_pair
 from rain import TrainingRain, add_rain_options, check_rain_options
 from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_arguments
 from runners import SharedRunner
+from schedule import add_schedule_options, check_schedule_options, conditions, share_done
 from training_sets import add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation
 from utils import InputError, Parser, a_path, add_flag, ahead, at_least, check_folder, counted, progress, run_script
 
@@ -58,31 +59,14 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch_size", type=at_least(1), default=12, help="patches a step")
-    group.add_argument("--epochs", type=at_least(1), default=100, help="passes over the patches")
-    group.add_argument(
-        "--milestone", type=at_least(1), nargs="+", default=[30, 50, 80], metavar="EPOCH",
-        help="epochs after which the learning rate is multiplied by 0.2",
-    )
-    group.add_argument(
-        "--schedule", choices=("step", "cosine"), default="step",
-        help="step lowers the learning rate at --milestone; cosine at each step, to 0 at the run's end",
-    )
+    add_schedule_options(group)
     group.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="muon needs fewer steps")
-    group.add_argument("--lr", type=at_least(0, float), default=1e-3, help="initial learning rate")
     group.add_argument(
         "--ema", type=float, default=0, metavar="DECAY",
         help="validate and save an exponential moving average of the weights, for example 0.999; 0: the weights",
     )
     group.add_argument(
         "--clip_grad", type=at_least(0, float), default=0, metavar="NORM", help="largest gradient norm; 0: no limit"
-    )
-    group.add_argument(
-        "--max_steps", type=at_least(1), metavar="N",
-        help="end after N steps in all, if --epochs is not over before; the schedule of the learning rate follows",
-    )
-    group.add_argument(
-        "--stop_after", type=at_least(1), metavar="N",
-        help="stop after step N as Ctrl-C does: the schedule stays, and --resume goes on",
     )
     add_flag(group, "--use_stage1", True, "train; False only validates and saves the model")
     group.add_argument("--init_weights", type=a_path(str), metavar="FILE", help="start from these weights")
@@ -117,8 +101,6 @@ def parse_args(argv=None):
     add_flag(group, "--channels_last", True, "channels-last memory format")
 
     args = parser.parse_args(argv)
-    if any(first >= second for first, second in zip(args.milestone, args.milestone[1:])):
-        parser.error(f"argument --milestone: expected ascending epochs, got {' '.join(map(str, args.milestone))}")
     if len(args.val_pairs) not in (1, len(args.data_path)):
         expected = f"one number, or one for each folder of --data_path ({len(args.data_path)})"
         parser.error(f"argument --val_pairs: expected {expected}, got {' '.join(map(str, args.val_pairs))}")
@@ -126,6 +108,7 @@ def parse_args(argv=None):
         parser.error(f"argument --clean_path: expected one folder for each --data_path ({len(args.data_path)})")
     if not 0 <= args.ema < 1:
         parser.error(f"argument --ema: expected 0 or more and less than 1, got {args.ema:g}")
+    check_schedule_options(parser, args)
     check_rain_options(parser, args)
     return args
 
@@ -181,26 +164,6 @@ def build_network(args, device, weights):
 # The loop
 
 
-def set_rate(optimizers, rate):
-    """Set the learning rate of the next step."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-
-def share_done(args, position, epoch_patches):
-    """How much of the run is done, from 0 to 1: by --max_steps or by --epochs, whichever is further."""
-    epochs = (position.epoch + min(1, position.sample / epoch_patches)) / args.epochs
-    return max(epochs, position.step / args.max_steps if args.max_steps else 0)
-
-
-def learning_rate(args, epoch, done):
-    """The rate of the next step, after ``epoch`` whole epochs and the share ``done`` of the run."""
-    if args.schedule == "cosine":
-        return args.lr * (1 + math.cos(math.pi * done)) / 2
-    return args.lr * 0.2 ** sum(epoch >= milestone for milestone in args.milestone)
-
-
 @torch.no_grad()
 def update_average(averaged, net, decay, step):
     """Move ``averaged`` on to the exponential moving average of the weights of ``net`` after ``step`` steps."""
@@ -208,7 +171,7 @@ def update_average(averaged, net, decay, step):
     torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), share)
 
 
-def take_step(args, model, criterion, optimizers, scaler, batch, skip):
+def take_step(args, model, criterion, optimizers, scaler, batch, now):
     """Take a step on a batch. None of its numbers is looked at here, as that would wait for the device (but by the
     scaler, which with fp16 looks whether a gradient has overflowed).
 
@@ -216,15 +179,18 @@ def take_step(args, model, criterion, optimizers, scaler, batch, skip):
         model, criterion: the network and ``losses.DerainLoss``.
         optimizers, scaler: of its parameters; the ``GradScaler`` is enabled with fp16 only.
         batch: (rainy, clean), each (N, 3, P, P) float32 in [0, 1] on the device.
-        skip: names of the loss terms to leave out.
+        now: ``schedule.Conditions``.
 
     Returns:
         (derained, terms): (N, 3, P, P) and {name: scalar tensor} of all terms, "loss" and "psnr", without gradient.
     """
     rainy, clean = batch
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = now.learning_rate
     with torch.autocast(rainy.device.type, HALF_PRECISIONS.get(args.amp), enabled=bool(args.amp)):
-        derained = model(rainy).float()
-        loss, terms = criterion(derained, clean, rainy, skip)
+        derained, stages = model(rainy, return_stages=True, recurrent_iter=now.recurrent_iter)
+        loss, terms = criterion(derained.float(), clean, rainy, now.left_out, stages[:-1])
     scaler.scale(loss).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -234,7 +200,7 @@ def take_step(args, model, criterion, optimizers, scaler, batch, skip):
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    derained = derained.detach()
+    derained = derained.detach().float()
     terms |= {"loss": loss, "psnr": batch_psnr(derained, clean)}
     return derained, {name: value.detach() for name, value in terms.items()}
 
@@ -317,17 +283,15 @@ def train(args, device, rank, ranks):
         log.start_interval(position)
         left = (len(dataset) - position.sample) // batches.batch_size if args.use_stage1 else 0
         left = min(left, (args.max_steps or math.inf) - position.step)
-        skip = {"segmentation"} if position.epoch < args.seg_start_epoch else set()
-        done, stopped, rate = share_done(args, position, epoch_patches), False, 0.0
+        done, stopped, now = share_done(args, position, epoch_patches), False, None
         bar = progress(loader if left else (), f"epoch {position.epoch + 1}/{args.epochs}", left, lambda: shown)
         for rainy, clean, indices in bar:
             log.batch_arrived()
             rainy, clean = rainy.to(device, non_blocking=True), clean.to(device, non_blocking=True)
             if args.channels_last:
                 rainy = rainy.contiguous(memory_format=torch.channels_last)
-            rate = learning_rate(args, position.epoch, done)
-            set_rate(optimizers, rate)
-            derained, terms = take_step(args, model, criterion, optimizers, scaler, (rainy, clean), skip)
+            now = conditions(args, position.epoch, done)
+            derained, terms = take_step(args, model, criterion, optimizers, scaler, (rainy, clean), now)
             finite.add(terms["loss"], "loss", indices)
             position.advance(batches.batch_size)
             if args.ema:
@@ -341,7 +305,7 @@ def train(args, device, rank, ranks):
             due = position.step % args.log_interval == 0
             if due or position.step == 1 or done >= 1:
                 values = average([value.item() for value in terms.values()], device)  # waits for the device
-                shown = log.write_step(position, {"learning_rate": rate, **dict(zip(terms, values))})
+                shown = log.write_step(position, {"learning_rate": now.learning_rate, **dict(zip(terms, values))})
             # Agreeing makes the processes wait for one another, so several do not ask at every step.
             stopped = position.step == args.stop_after or (due or ranks == 1) and stop.agree(device)
             if stopped or done >= 1:
@@ -362,6 +326,7 @@ def train(args, device, rank, ranks):
         scores = validate(averaged, val_pairs, device, rank, ranks) if reported and val_pairs else {}
         if rank == 0 and reported:
             log.add_images(images, position.step)
+            rate = now.learning_rate if now else 0.0
             record = {"epoch": position.epoch + 1, "step": position.step, "learning_rate": rate}
             record |= {**dict(zip(position.totals, means)), "seconds": round(time.monotonic() - started, 1)}
             report_epoch(args, averaged, position, record, scores, log)

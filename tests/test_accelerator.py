@@ -57,7 +57,8 @@ torch.standin.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 from losses import build_criterion
 from muon import build_optimizers
 from test_accelerator import Traffic
-from train import build_network, parse_args, set_rate, take_step, update_average
+from schedule import conditions
+from train import build_network, parse_args, take_step, update_average
 
 DEVICE, CPU = torch.device("standin:0"), torch.device("cpu")
 
@@ -86,8 +87,8 @@ with FakeTensorMode():
         rainy, clean = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
         with Traffic("standin") as traffic:
             batch = rainy.to(DEVICE, non_blocking=True), clean.to(DEVICE, non_blocking=True)
-            set_rate(optimizers, 1e-3)
-            derained, terms = take_step(args, net, criterion, optimizers, scaler, batch, set())
+            now = conditions(args, 0, 0.5)
+            derained, terms = take_step(args, net, criterion, optimizers, scaler, batch, now)
             update_average(averaged, net, 0.9, step)
         counts.append([sum(traffic.launches.values()), traffic.waits])
     for parameter in net.parameters():

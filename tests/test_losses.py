@@ -287,7 +287,35 @@ def test_zero_weights_build_and_compute_nothing(monkeypatch):
 def test_skipped_term_is_not_computed():
     criterion = DerainLoss(weights={"segmentation": 0.1}, **SMALL)
     criterion.segmentation.forward = None
-    assert list(criterion(*random_images(), skip={"segmentation"})[1]) == ["ssim"]
+    assert list(criterion(*random_images(), left_out={"segmentation"})[1]) == ["ssim"]
+
+
+def test_left_out_psnr_is_measured_and_does_not_count():
+    criterion = DerainLoss(weights={"psnr_loss": 0.5})
+    images = random_images()
+    total, terms = criterion(*images)
+    assert total.item() == pytest.approx((terms["ssim"] + 0.5 * terms["psnr_loss"]).item())
+    without, same = criterion(*images, left_out={"psnr_loss"})
+    assert torch.equal(without, terms["ssim"]) and torch.equal(same["psnr_loss"], terms["psnr_loss"])
+
+
+@pytest.mark.parametrize("pixel_loss", losses.PIXEL_LOSSES)
+def test_earlier_stages_count_by_their_mean_pixel_loss(pixel_loss):
+    criterion = DerainLoss(pixel_loss, weights={"stages": 0.5, "psnr_loss": 0.02})
+    derained, clean, rainy = random_images()
+    earlier = [(clean + 0.1 * k * rainy).requires_grad_() for k in (1, 2)]
+    total, terms = criterion(derained, clean, rainy, earlier=earlier)
+    alone = [DerainLoss(pixel_loss, weights={})(estimate, clean, rainy)[0].item() for estimate in (derained, *earlier)]
+    assert terms["stages"].item() == pytest.approx((alone[1] + alone[2]) / 2)
+    expected = alone[0] + 0.5 * terms["stages"] + 0.02 * terms["psnr_loss"]
+    assert total.item() == pytest.approx(expected.item())
+    total.backward()
+    assert all(estimate.grad.abs().sum() > 0 for estimate in earlier)
+
+
+def test_a_single_stage_has_no_earlier_ones():
+    total, terms = DerainLoss(weights={"stages": 0.5})(*random_images())
+    assert terms["stages"] == 0 and torch.equal(total, terms["ssim"])
 
 
 # Backbone files

@@ -145,3 +145,12 @@ def test_every_parameter_gets_a_gradient(residual_conv):
     # The two hidden channels of CRA's ReLU may both be off for a random network.
     assert [name for name in silent if "conv_du" not in name] == []
     assert len(silent) < 20
+
+
+@torch.inference_mode()
+def test_fewer_stages_in_a_pass_are_the_first_of_all():
+    net, rainy = SAPNet(recurrent_iter=3), torch.rand(1, 3, 20, 22)
+    _, stages = net(rainy, return_stages=True)
+    output, first = net(rainy, return_stages=True, recurrent_iter=2)
+    assert net.recurrent_iter == 3 and torch.equal(torch.stack(first), torch.stack(stages[:2]))
+    assert torch.equal(output, stages[1]) and torch.equal(net(rainy, recurrent_iter=1), stages[0])

@@ -246,6 +246,31 @@ def test_logged_rate_is_the_one_used(train_run, schedule):
     assert steps(folder)[-1]["learning_rate"] == pytest.approx(used_rate(read_state(folder), before), rel=1e-3)
 
 
+def test_a_run_takes_its_stages_and_terms_from_the_schedule(train_run):
+    options = {"recurrent_iter": 3, "w_psnr": 0.5, "psnr_until": 0.75, "w_stages": 0.25, "log_interval": 1}
+    found = []
+    with watch(lambda _, output: found.append(len(output[1]))):
+        folder, result = train_run("run", "--first_stages", 2, 0.5, **options)
+    assert found == [2] * 4 + [3] * 4, "eight steps"
+    assert "loss: ssim + 0.5 psnr_loss + 0.25 stages" in result.out
+    assert json.loads((folder / "args.json").read_text())["first_stages"] == [2, 0.5]
+    for line in steps(folder):
+        expected = line["ssim"] + 0.25 * line["stages"] + (0.5 * line["psnr_loss"] if line["step"] <= 6 else 0)
+        assert line["loss"] == pytest.approx(expected) and line["stages"] < 0
+    assert all({"ssim", "psnr_loss", "stages"} <= line.keys() for line in records(folder))
+
+
+def test_resuming_where_the_stages_change_is_exact(train_run):
+    options = {"recurrent_iter": 2, "w_psnr": 0.5, "psnr_until": 0.75, "w_stages": 0.25, "save_freq": 9}
+    whole, _ = train_run("whole", "--first_stages", 1, 0.5, **options)
+    for stop in (3, 4, 6):
+        folder, _ = train_run("run", "--first_stages", 1, 0.5, *["--resume"] * (stop > 3), stop_after=stop, **options)
+    _, result = train_run("run", "--first_stages", 1, 0.5, "--resume", **options)
+    assert "first_stages" not in result.out
+    assert_same_run(folder, whole)
+    assert len(read_lines(folder)) == 10
+
+
 def test_first_logged_loss_and_psnr_are_those_of_the_first_batch(train_run, tmp_path):
     """One step: the record must hold what its batch gives, by the definitions."""
     folder, _ = train_run(max_steps=1, pixel_loss="mse+ssim")
@@ -895,7 +920,7 @@ def test_non_finite_weights_are_not_saved(refused, pairs_dir, val_dir, tmp_path,
 def test_a_programming_error_keeps_its_traceback(train_run, monkeypatch, num_workers):
     """A RuntimeError of PyTorch's in somebody's new code, in the main process or in a loader's."""
     if num_workers == 0:
-        monkeypatch.setattr(SAPNet, "forward", lambda self, rainy: rainy @ torch.rand(5, 7))
+        monkeypatch.setattr(SAPNet, "forward", lambda self, rainy, **_: rainy @ torch.rand(5, 7))
     else:
         monkeypatch.setattr(TrainingPatches, "__getitem__", lambda self, key: torch.rand(2, 3) @ torch.rand(5, 7))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied|Expected size"):
