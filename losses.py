@@ -280,7 +280,7 @@ def add_loss_options(group):
     group.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="ssim", help="ssim is the negative SSIM")
     group.add_argument("--w_psnr", type=at_least(0, float), default=0, help="weight of the negative PSNR in dB")
     group.add_argument(
-        "--w_stages", type=at_least(0, float), default=0, help="weight of the mean pixel loss of the stages before the last"
+        "--w_stages", type=at_least(0, float), default=0, help="weight of the earlier stages' mean pixel loss"
     )
     add_flag(group, "--use_contrast", True, "add the perceptual contrastive loss (PCL)")
     add_flag(group, "--use_lpips", True, "add the learned perceptual image similarity loss (LPISL)")
