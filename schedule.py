@@ -60,7 +60,7 @@ def add_schedule_options(group):
     )
     group.add_argument(
         "--max_steps", type=at_least(1), metavar="N",
-        help="end after N steps in all, if --epochs is not over before; the schedule follows",
+        help="end after N steps in all, if --epochs is not over before; --schedule cosine reaches 0 there",
     )
     group.add_argument(
         "--stop_after", type=at_least(1), metavar="N",
