@@ -261,9 +261,9 @@ class DerainLoss(nn.Module):
             terms = self.pixel_terms(derained, clean)
             if "psnr_loss" in self.weights:
                 terms["psnr_loss"] = psnr_loss(derained, clean)
-            if "stages" in self.weights:
+            if "stages" in self.weights and earlier:
                 before = [sum(self.pixel_terms(estimate.float(), clean).values()) for estimate in earlier]
-                terms["stages"] = torch.stack(before).mean() if before else derained.new_zeros(())
+                terms["stages"] = torch.stack(before).mean()
         images = {"contrast": (derained, clean, rainy), "lpips": (derained, clean), "segmentation": (derained,)}
         for name in self.weights:
             if name in images and name not in left_out:
@@ -302,8 +302,8 @@ def add_loss_options(group):
     )
 
 
-def build_criterion(args, device):
-    """The pixel loss and those further terms that the run will come to use."""
+def build_criterion(args, device, epochs):
+    """The pixel loss and those further terms that a run of so many epochs, the last perhaps in part, comes to use."""
     weights = {
         "psnr_loss": args.w_psnr,
         "stages": args.w_stages,
@@ -311,11 +311,8 @@ def build_criterion(args, device):
         "lpips": args.w_lpips if args.use_stage1 and args.use_lpips else 0,
         "segmentation": args.w_seg if args.use_stage1 and args.use_seg_stage1 else 0,
     }
-    if weights["segmentation"] and args.seg_start_epoch >= args.epochs:
-        print(
-            f"segmentation loss: not used, as --seg_start_epoch {args.seg_start_epoch}"
-            f" is not under --epochs {args.epochs}"
-        )
+    if weights["segmentation"] and args.seg_start_epoch >= epochs:
+        print(f"segmentation loss: not used, as the run has no epoch after --seg_start_epoch {args.seg_start_epoch}")
         weights["segmentation"] = 0
     smallest = SMALLEST_IMAGE[args.lpips_net]
     if weights["lpips"] and args.patch_size < smallest:

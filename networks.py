@@ -5,6 +5,7 @@
 The state-dict names are those of the published SAPNet and PReNet checkpoints and must not change.
 """
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +71,12 @@ class SplitConv(nn.Module):
 
 
 class PlainConv(nn.Conv2d):
-    """A convolution that keeps the size, with the faster of two ways to its weights' gradient (``conv3x3``)."""
+    """PyTorch's convolution, which is trained by the faster of two ways to its weights' gradient (``conv3x3``)."""
 
     def _conv_forward(self, v, weight, bias):
-        return conv3x3(v, weight, bias, self.dilation[0])
+        if self.training and self.padding == self.dilation and self.padding_mode == "zeros":
+            return conv3x3(v, weight, bias, self.dilation[0])
+        return super()._conv_forward(v, weight, bias)
 
 
 RESIDUAL_CONVS = {"plain": PlainConv, "separable": SeparableConv, "split": SplitConv}
@@ -161,7 +164,7 @@ class SAPNet(nn.Module):
         Args:
             rainy: (N, 3, H, W) RGB in [0, 1], any floating dtype that matches the weights, any H, W >= 1.
             return_stages: also return the list of every stage's estimate.
-            recurrent_iter: number of stages, that of the network by default.
+            recurrent_iter: number of stages, 1 or more; that of the network by default.
 
         Returns:
             (N, 3, H, W) the last stage's estimate, not clamped; with ``return_stages`` a pair of it
@@ -171,14 +174,16 @@ class SAPNet(nn.Module):
         gates = [getattr(self, f"conv_{gate}")[0] for gate in GATES]
         weight = torch.cat([conv.weight for conv in gates])
         bias = torch.cat([conv.bias for conv in gates])
+        # Other uses, such as tracing, want PyTorch's own.
+        gate_conv = conv3x3 if self.training else partial(F.conv2d, padding=1)
         derained, stages = rainy, []
         h = c = None
-        for _ in range(recurrent_iter or self.recurrent_iter):
+        for _ in range(self.recurrent_iter if recurrent_iter is None else recurrent_iter):
             f = self.conv0(torch.cat((rainy, derained), 1))
             if h is None:  # h and c start at zero, so their terms drop out
-                z = conv3x3(f, weight[:, :CHANNELS], bias)
+                z = gate_conv(f, weight[:, :CHANNELS], bias)
             else:
-                z = conv3x3(torch.cat((f, h), 1), weight, bias)
+                z = gate_conv(torch.cat((f, h), 1), weight, bias)
             i, forget, g, o = z.chunk(4, 1)
             update = torch.sigmoid(i) * torch.tanh(g)
             c = update if c is None else torch.sigmoid(forget) * c + update

@@ -230,18 +230,20 @@ class Position:
     sample: int = 0  # patches of the epoch that is under way that have been seen, by all processes together
     step: int = 0  # optimizer steps in all
     seen: int = 0  # patches in all
-    batches: int = 0  # batches that ``totals`` are sums over
     best_psnr_y: float = float("-inf")  # of the validations so far
     totals: dict = field(default_factory=dict)  # sums over the epoch's batches, by the name of the loss term
+    counts: dict = field(default_factory=dict)  # of how many batches each, as not every step has every term
 
-    def advance(self, patches):
-        """Count a step on so many patches."""
-        self.step, self.batches = self.step + 1, self.batches + 1
-        self.sample, self.seen = self.sample + patches, self.seen + patches
+    def advance(self, patches, terms):
+        """Count a step on so many patches, whose loss terms were {name: number or scalar tensor}."""
+        self.step, self.sample, self.seen = self.step + 1, self.sample + patches, self.seen + patches
+        for name, value in terms.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def next_epoch(self):
         """Begin the next epoch."""
-        self.epoch, self.sample, self.batches, self.totals = self.epoch + 1, 0, 0, {}
+        self.epoch, self.sample, self.totals, self.counts = self.epoch + 1, 0, {}, {}
 
 
 def changed_data(before, now):
@@ -364,7 +366,12 @@ class RunState:
         if state.get("scaler") and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        position, fresh = Position(**state["position"]), Position()
+        saved = state["position"]
+        if "batches" in saved:  # of a version that had one count for all terms
+            saved["counts"] = dict.fromkeys(saved["totals"], saved.pop("batches"))
+        position, fresh = Position(**saved), Position()
         if any(type(value) is not type(getattr(fresh, name)) for name, value in vars(position).items()):
+            raise ValueError
+        if position.counts.keys() != position.totals.keys():
             raise ValueError
         return position

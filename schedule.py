@@ -74,9 +74,13 @@ def check_schedule_options(parser, args):
         parser.error(f"argument --milestone: expected ascending epochs, got {' '.join(map(str, args.milestone))}")
     if not args.psnr_until <= 1:
         parser.error(f"argument --psnr_until: expected a share from 0 to 1, got {args.psnr_until:g}")
+    if args.psnr_until < 1 and not args.w_psnr:
+        parser.error("argument --psnr_until: there is no PSNR term to leave out; expected a --w_psnr above 0 too")
+    if args.w_stages and args.recurrent_iter == 1:
+        parser.error("argument --w_stages: a single stage has none before it; expected a larger --recurrent_iter")
     if args.first_stages:
         stages, share = args.first_stages
-        if stages not in range(1, args.recurrent_iter + 1) or not 0 <= share <= 1:
-            expected = f"a number of stages from 1 to {args.recurrent_iter} (--recurrent_iter) and a share from 0 to 1"
+        if stages not in range(1, args.recurrent_iter + 1) or not 0 <= share < 1:
+            expected = f"a number of stages from 1 to {args.recurrent_iter} (--recurrent_iter) and a share below 1"
             parser.error(f"argument --first_stages: expected {expected}, got {stages:g} {share:g}")
         args.first_stages = [int(stages), share]

@@ -244,7 +244,8 @@ def train(args, device, rank, ranks):
     net = build_network(args, device, None if resumed else args.init_weights)
     averaged = copy.deepcopy(net) if args.ema else net
     optimizers = build_optimizers(args.optimizer, net, args.lr)
-    criterion = build_criterion(args, device)
+    epochs = min(args.epochs, math.ceil(args.max_steps / len(batches))) if args.max_steps else args.epochs
+    criterion = build_criterion(args, device, epochs)
     if rank == 0:
         join_processes(device)
     horizon = {"batch_size": args.batch_size, "processes": ranks, "epochs": args.epochs, "max_steps": args.max_steps}
@@ -293,14 +294,12 @@ def train(args, device, rank, ranks):
             now = conditions(args, position.epoch, done)
             derained, terms = take_step(args, model, criterion, optimizers, scaler, (rainy, clean), now)
             finite.add(terms["loss"], "loss", indices)
-            position.advance(batches.batch_size)
+            position.advance(batches.batch_size, terms)
             if args.ema:
                 update_average(averaged, net, args.ema, position.step)
 
             finite.check()
             images = {"rainy": rainy, "derained": derained, "clean": clean}
-            for name, value in terms.items():
-                position.totals[name] = position.totals.get(name, 0) + value
             done = share_done(args, position, epoch_patches)
             due = position.step % args.log_interval == 0
             if due or position.step == 1 or done >= 1:
@@ -321,7 +320,7 @@ def train(args, device, rank, ranks):
         # A run resumed with a larger batch may find too few patches left in its last epoch, and takes no step then.
         ended = done >= 1 or not args.use_stage1 or complete and position.epoch + 1 == args.epochs
         stopped = stop.agree(device) or stopped
-        means = average([float(total) / position.batches for total in position.totals.values()], device)
+        means = average([float(total) / position.counts[name] for name, total in position.totals.items()], device)
         reported = complete or ended
         scores = validate(averaged, val_pairs, device, rank, ranks) if reported and val_pairs else {}
         if rank == 0 and reported:

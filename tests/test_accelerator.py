@@ -77,7 +77,7 @@ args = parse_args([
     "--backbone_weights", "random", "--seg_backbone", "resnet18", "--seg_start_epoch", "0", "--pixel_loss", "mse+ssim",
     "--w_psnr", "0.02", "--optimizer", "muon", "--ema", "0.9", "--clip_grad", "1", "--amp", "False",
 ])
-net, criterion = build_network(args, CPU, None), build_criterion(args, CPU)
+net, criterion = build_network(args, CPU, None), build_criterion(args, CPU, args.epochs)
 averaged, counts = copy.deepcopy(net), []
 with FakeTensorMode():
     for module in (net, averaged, criterion):

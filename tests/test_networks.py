@@ -154,3 +154,14 @@ def test_fewer_stages_in_a_pass_are_the_first_of_all():
     output, first = net(rainy, return_stages=True, recurrent_iter=2)
     assert net.recurrent_iter == 3 and torch.equal(torch.stack(first), torch.stack(stages[:2]))
     assert torch.equal(output, stages[1]) and torch.equal(net(rainy, recurrent_iter=1), stages[0])
+
+
+def test_a_convolution_of_a_residual_block_heeds_its_own_settings():
+    """Users set such things on all ``nn.Conv2d`` of a network."""
+    net, v = SAPNet(recurrent_iter=1), torch.rand(1, 32, 12, 12).contiguous(memory_format=torch.channels_last)
+    conv = net.res_conv2[0]
+    for padding, mode in (((2, 2), "reflect"), ((0, 0), "zeros")):
+        conv.padding, conv.padding_mode, conv._reversed_padding_repeated_twice = padding, mode, [2, 2, 2, 2]
+        padded = torch.nn.functional.pad(v, (2, 2, 2, 2), mode="reflect") if mode == "reflect" else v
+        expected = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, dilation=2)
+        torch.testing.assert_close(conv(v), expected)

@@ -116,9 +116,9 @@ def test_a_step_is_logged_with_the_speed_since_the_last(tmp_path):
         time.sleep(0.1)
         log.step_ended()
         time.sleep(0.1)
-        position.advance(50)
+        position.advance(50, {})
     log.batch_arrived()
-    position.advance(50)
+    position.advance(50, {})
     text = log.write_step(position, {"learning_rate": 0.1, "loss": 0.5, "psnr": 20.0})
     (line,) = read_log(tmp_path / "log.jsonl")
     assert [*line] == ["step", "learning_rate", "loss", "psnr", "patches_per_second", "waiting"]
@@ -127,7 +127,7 @@ def test_a_step_is_logged_with_the_speed_since_the_last(tmp_path):
     assert text.startswith("loss 0.5000, PSNR 20.00 dB, ")
     scalars, _ = read_events(tmp_path)
     assert scalars["train/loss"] == [(3, 0.5)] and scalars["train/psnr"] == [(3, 20.0)]
-    position.advance(50)
+    position.advance(50, {})
     time.sleep(0.01)
     log.write_step(position, {"loss": 0.5, "psnr": 20.0})
     assert 50 < read_log(tmp_path / "log.jsonl")[1]["patches_per_second"] <= 5000, "of the last step alone"
@@ -161,10 +161,10 @@ def test_each_start_has_a_tensorboard_file_of_its_own(tmp_path):
 
 def test_the_position_counts_patches():
     position = Position()
-    for patches in (4, 4, 2):
-        position.advance(patches)
-    position.totals["loss"] = 3.0
-    assert (position.step, position.batches, position.sample, position.seen) == (3, 3, 10, 10)
+    for patches, terms in ((4, {"loss": 1.0}), (4, {"loss": 2.0, "stages": 5.0}), (2, {"loss": 3.0})):
+        position.advance(patches, terms)
+    assert (position.step, position.sample, position.seen) == (3, 10, 10)
+    assert position.totals == {"loss": 6.0, "stages": 5.0} and position.counts == {"loss": 3, "stages": 1}
     position.next_epoch()
     assert asdict(position) == {**asdict(Position()), "epoch": 1, "step": 3, "seen": 10}
 
@@ -217,7 +217,7 @@ def make_state(net, optimizer="muon", **horizon):
 
 
 def test_a_state_is_restored_as_it_was(tmp_path, state, capsys):
-    position = Position(1, 8, 7, 30, 3, 31.5, {"loss": 2.5})
+    position = Position(1, 8, 7, 30, 31.5, {"loss": 2.5}, {"loss": 3})
     torch.manual_seed(3)
     state.save(tmp_path, position)
     drawn = torch.rand(3)
@@ -233,10 +233,21 @@ def test_a_state_is_restored_as_it_was(tmp_path, state, capsys):
     assert capsys.readouterr().out == "going on after step 7, 30 patches, batch_size 4 -> 2\n"
 
 
+def test_a_state_with_one_count_for_all_terms_goes_on(tmp_path, state):
+    """As versions before wrote it."""
+    state.save(tmp_path, Position(step=3, totals={"loss": 2.5, "ssim": 1.5}, counts={"loss": 3, "ssim": 3}))
+    path = tmp_path / "train_state.pth"
+    saved = torch.load(path, weights_only=True)
+    del saved["position"]["counts"]
+    torch.save({**saved, "position": {**saved["position"], "batches": 3}}, path)
+    assert state.load(tmp_path).counts == {"loss": 3, "ssim": 3}
+
+
 @pytest.mark.parametrize(
     "place, value",
     [
         (["position", "step"], "7"), (["position", "sample"], 1.5), (["position", "other"], 1), (["position"], None),
+        (["position", "counts"], {"loss": 1}),
         (["net"], {}), (["random"], torch.zeros(3)), (["optimizers"], []), (["data"], {}), (["horizon"], None),
         (["optimizers", 0, 0, "exp_avg"], torch.zeros(2)), (["optimizers", 1, 0], {}),
         (["horizon"], {}),

@@ -25,7 +25,7 @@ def test_cosine_falls_to_zero_at_the_end():
 
 
 def test_first_stages_and_psnr_until_change_at_their_share():
-    options = "--first_stages", "2", "0.5", "--psnr_until", "0.8", "--seg_start_epoch", "0"
+    options = "--first_stages", "2", "0.5", "--w_psnr", "1", "--psnr_until", "0.8", "--seg_start_epoch", "0"
     assert [at(done, *options).recurrent_iter for done in (0, 0.49, 0.5, 1)] == [2, 2, 6, 6]
     assert [sorted(at(done, *options).left_out) for done in (0, 0.79, 0.8, 1)] == [[], [], ["psnr_loss"], ["psnr_loss"]]
 

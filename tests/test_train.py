@@ -250,14 +250,20 @@ def test_a_run_takes_its_stages_and_terms_from_the_schedule(train_run):
     options = {"recurrent_iter": 3, "w_psnr": 0.5, "psnr_until": 0.75, "w_stages": 0.25, "log_interval": 1}
     found = []
     with watch(lambda _, output: found.append(len(output[1]))):
-        folder, result = train_run("run", "--first_stages", 2, 0.5, **options)
-    assert found == [2] * 4 + [3] * 4, "eight steps"
+        folder, result = train_run("run", "--first_stages", 1, 0.75, **options)
+    assert found == [1] * 6 + [3] * 2, "eight steps"
     assert "loss: ssim + 0.5 psnr_loss + 0.25 stages" in result.out
-    assert json.loads((folder / "args.json").read_text())["first_stages"] == [2, 0.5]
-    for line in steps(folder):
-        expected = line["ssim"] + 0.25 * line["stages"] + (0.5 * line["psnr_loss"] if line["step"] <= 6 else 0)
-        assert line["loss"] == pytest.approx(expected) and line["stages"] < 0
-    assert all({"ssim", "psnr_loss", "stages"} <= line.keys() for line in records(folder))
+    assert json.loads((folder / "args.json").read_text())["first_stages"] == [1, 0.75]
+    *early, late = steps(folder)[:6], steps(folder)[6:]
+    for line in early[0]:
+        assert line["loss"] == pytest.approx(line["ssim"] + 0.5 * line["psnr_loss"]) and "stages" not in line
+    for line in late:
+        assert line["loss"] == pytest.approx(line["ssim"] + 0.25 * line["stages"]) and line["stages"] < 0
+    first, second = records(folder)
+    assert "stages" not in first, "it had no earlier stage"
+    for name in ("ssim", "psnr_loss", "loss"):
+        assert second[name] == pytest.approx(np.mean([line[name] for line in steps(folder)[4:]]))
+    assert second["stages"] == pytest.approx(np.mean([line["stages"] for line in late])), "of the steps that have it"
 
 
 def test_resuming_where_the_stages_change_is_exact(train_run):

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weight_gradient
 from networks import SAPNet
@@ -91,6 +92,39 @@ def test_second_derivatives_are_those_of_pytorch(ours):
     images, weight, bias = channels_last(1, 4, 6, 6), torch.randn(4, 4, 3, 3, requires_grad=True), torch.randn(4)
     expected = second(lambda *tensors: F.conv2d(*tensors, padding=1))
     torch.testing.assert_close(second(conv3x3), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of the operator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is weight_gradient.OPERATOR
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_uses_it_with_any_number_of_stages(monkeypatch):
+    monkeypatch.setattr(weight_gradient, "SLOW", True)
+    net = SAPNet(recurrent_iter=2).to(memory_format=torch.channels_last)
+    rainy = torch.rand(1, 3, 8, 9).contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(net, backend="aot_eager")
+    for stages in (1, 2):
+        gradients = []
+        for run in (net, compiled):
+            with Calls() as calls:
+                gradients.append(torch.autograd.grad(run(rainy, recurrent_iter=stages).sum(), list(net.parameters())))
+            assert calls.count == 11 * stages
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_a_network_that_is_not_in_training_can_be_traced(monkeypatch):
+    monkeypatch.setattr(weight_gradient, "SLOW", True)
+    net = SAPNet(recurrent_iter=1).to(memory_format=torch.channels_last).eval()
+    rainy = torch.rand(1, 3, 8, 9).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.jit.trace(net, rainy)(rainy), net(rainy))
 
 
 def test_torch_compile_can_rely_on_the_operators_description():
