@@ -229,7 +229,8 @@ class _Derain:
         with _usual_errors(), _DERAINING:
             self._runner.max_memory = 0.75 * free if self.max_memory is None else self.max_memory * 2**30
             try:
-                derained = inference.to_image(self._run(rainy), image.dtype)
+                output = inference.without_tint(self._run(rainy), image[..., :3])
+                derained = inference.to_image(output, image.dtype)
             except OSError as error:
                 if error.filename is None and not isinstance(error, FileNotFoundError):
                     raise  # no memory; all others are of temporary files

@@ -44,7 +44,8 @@ SIGNATURES = {  # format as Pillow calls it, or VIDEO: what the head of such a f
 # What Pillow may open: it would also run the PostScript of an EPS file. TGA has no signature, so that Pillow takes many
 # a file for one; ``open_image`` adds it where the suffix says so.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
-SUBFILE_TYPE = 254  # tag of TIFF: 1 is a smaller version of another page, 4 a mask
+SUBFILE_TYPE, PHOTOMETRIC, PLANES = 254, 262, 284  # tags of TIFF; SUBFILE_TYPE 1 is a smaller page, 4 a mask
+BLACK_IS_ZERO, RGB = 1, 2  # values of PHOTOMETRIC
 MAX_PIXELS = 2**28  # of an image; the largest cameras have 200 million, and a few bytes can declare 60,000x60,000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns from 89 million on; ``open_image`` has ours
 # What is wrong with a file is reported here, in one line.
@@ -83,13 +84,18 @@ def is_image(path):
     return suffix in IMAGE_SUFFIXES or suffix != ".tmp" and content_of(path) not in (None, "VIDEO")
 
 
+def is_shadow(path):
+    """Whether a file is what macOS leaves beside another one on foreign disks and in archives: ._NAME, no picture."""
+    return path.name.startswith("._")
+
+
 class NoImages(InputError):
     """A folder without images."""
 
 
 def list_images(folder):
     """The paths of the images directly in ``folder``, in natural order."""
-    return sorted(filter(is_image, Path(folder).iterdir()), key=natural_key)
+    return sorted((path for path in Path(folder).iterdir() if not is_shadow(path) and is_image(path)), key=natural_key)
 
 
 def find_images(folder, option):
@@ -251,6 +257,11 @@ def largest_sample(image, path):
         bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,))[0]
         if bits > 8 and bits != 16:
             raise ValueError(f"{bits} bits a sample; expected 8 or 16")
+        # OpenCV would take these for something else, without a word.
+        if bits == 16 and image.tag_v2.get(PHOTOMETRIC) not in (BLACK_IS_ZERO, RGB):
+            raise ValueError("16 bits a sample that are neither RGB nor grey with 0 for black; expected one of these")
+        if bits == 16 and image.tag_v2.get(PLANES, 1) != 1 and len(image.tag_v2[BITS_PER_SAMPLE]) > 1:
+            raise ValueError("16 bits a sample in planes, one after another; expected the samples of a pixel together")
     elif image.format == "PNG":
         bits = read_start(path, 25)[24]
     elif image.format == "PPM":

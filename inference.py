@@ -67,6 +67,21 @@ def to_image(tensor, dtype=np.uint8):
     return np.rint(image * np.iinfo(dtype).max).astype(dtype)
 
 
+def without_tint(derained, rainy):
+    """A network's output, without the faint colours that it gives to a grey picture.
+
+    Args:
+        derained: (1, 3, H, W) the output.
+        rainy: (H, W, 3) array, the picture that was derained.
+
+    Returns:
+        ``derained``; where each pixel of ``rainy`` has three equal values, the mean of its channels in all three.
+    """
+    if (rainy == rainy[..., :1]).all():
+        return derained.mean(1, keepdim=True).expand_as(derained)
+    return derained
+
+
 # What the layers compute
 
 

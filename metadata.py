@@ -99,14 +99,23 @@ def metadata_of(image, path):
         box = re.search(rb"colrnclx.(.).(.)", Path(path).read_bytes(), re.DOTALL)
         if box and box.groups() != SRGB:
             colour[b"cICP"] = box[1] + box[2] + b"\0\1"
-    return Metadata(profile, exif, colour, image.info.get("Software") or exif.get(SOFTWARE))
+    software = image.info.get("Software") or exif.get(SOFTWARE)
+    return Metadata(profile, exif, colour, software.decode("latin-1") if isinstance(software, bytes) else software)
+
+
+def as_bytes(value):
+    """The bytes of a text that is not ASCII, as the file has them; any other value as it is."""
+    return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
 
 
 def kept_exif(exif):
     """What a result keeps of Pillow's ``Exif``, as ``Metadata`` has it."""
-    kept = {tag: exif[tag] for tag in KEPT_TAGS if tag in exif}
+    # Pillow reads texts as Latin-1 and would write "?" for what is not ASCII; as bytes they stay as they were. In the
+    # directories within, bytes would become another type, and such texts are left out.
+    kept = {tag: as_bytes(exif[tag]) for tag in KEPT_TAGS if tag in exif}
     for tag in kept.keys() & {EXIF_IFD, GPS_IFD}:
-        kept[tag] = {key: value for key, value in exif.get_ifd(tag).items() if key not in DROPPED_TAGS}
+        inner = exif.get_ifd(tag).items()
+        kept[tag] = {key: value for key, value in inner if key not in DROPPED_TAGS and as_bytes(value) is value}
     if INTEROP_IFD in kept.get(EXIF_IFD, ()):
         kept[EXIF_IFD][INTEROP_IFD] = exif.get_ifd(INTEROP_IFD)
     kept = {tag: value for tag, value in kept.items() if value != {}}

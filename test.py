@@ -30,7 +30,7 @@ from devices import (
     out_of_memory, pick_device, processes_here, rank_of_run, threads_beside, to_first,
 )
 from images import MARK, WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
-from inference import StripRunner, to_image, to_tensor
+from inference import StripRunner, to_image, to_tensor, without_tint
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
 from metadata import Metadata
 from metrics import measure, measure_alone
@@ -207,9 +207,11 @@ def derain(runner, image, device):
         device: of the network.
 
     Returns:
-        (array of the same shape and dtype, alpha unchanged; its (H, W, 3) uint8 RGB, which is measured).
+        (array of the same shape and dtype, alpha unchanged; its (H, W, 3) uint8 RGB, which is measured). What is grey
+        stays grey.
     """
-    output = runner(to_tensor(image[..., :3]).to(device))
+    rainy = image[..., :3]
+    output = without_tint(runner(to_tensor(rainy).to(device)), rainy)
     derained = np.concatenate((to_image(output, image.dtype), image[..., 3:]), axis=2)
     return derained, to_image(output)
 

@@ -173,6 +173,7 @@ def test_16_bits_and_alpha_are_kept(tmp_path, rainy, derain):
 def test_pil_images_of_other_modes_and_turned_ones(tmp_path, rainy, derain):
     grey = derain(Image.fromarray(rainy).convert("L"))
     assert grey.mode == "RGB" and grey.size == (WIDTH, HEIGHT)
+    assert (np.ptp(np.asarray(grey), axis=2) == 0).all(), "without a tint"
     exif = Image.Exif()
     exif[274] = 6  # the camera was held upright
     Image.fromarray(np.ascontiguousarray(np.rot90(rainy))).save(tmp_path / "turned.png", exif=exif)

@@ -304,6 +304,22 @@ def test_the_thumbnail_of_a_raw_photograph_is_refused(tmp_path):
         read_image(tmp_path / "a.nef")
 
 
+@pytest.mark.parametrize("image, options, words", [
+    (deep(COLOUR).transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"}, "in planes"),
+    (deep(COLOUR)[..., 0], {"photometric": "miniswhite"}, "neither RGB nor grey with 0 for black"),
+])
+def test_deep_tiffs_that_opencv_would_take_for_others_are_refused(tmp_path, image, options, words):
+    tifffile.imwrite(tmp_path / "a.tif", np.ascontiguousarray(image), **options)
+    with pytest.raises(InputError, match=f"a.tif: not a readable image .16 bits a sample.*{words}"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_what_macos_leaves_beside_a_picture_is_no_picture(tmp_path):
+    write_image(tmp_path / "a.png", COLOUR)
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7" + bytes(60))
+    assert list_images(tmp_path) == [tmp_path / "a.png"]
+
+
 # Depth, grey and alpha
 
 
@@ -465,6 +481,21 @@ def test_metadata_is_written_with_the_pixels(tmp_path, suffix, kind):
     assert read_metadata(path).exif.keys() <= {305}
     write_image(path, KINDS[kind])
     assert read_metadata(path) == Metadata()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_texts_that_are_not_ascii_stay_as_they_were(tmp_path, suffix):
+    exif, texts = Image.Exif(), {33432: "© 2024 Anna Müller".encode(), 315: "Zoë".encode("latin-1"), 305: "Ä".encode()}
+    exif.update(texts)
+    exif.get_ifd(34665)[42036] = "50 mm"
+    (tmp_path / "in.jpg").write_bytes(as_file(FIRST, "JPEG", exif=exif.tobytes()))
+    metadata = read_metadata(tmp_path / "in.jpg")
+    assert metadata.software == "Ä".encode().decode("latin-1")
+    write_image(tmp_path / f"out{suffix}", COLOUR, metadata._replace(software="SAPNet"))
+    with Image.open(tmp_path / f"out{suffix}") as picture:
+        kept = picture.getexif()
+        assert {tag: kept[tag].encode("latin-1") for tag in texts} == texts | {305: b"SAPNet"}
+        assert kept.get_ifd(34665)[42036] == "50 mm"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF", "HEIF", "MPO"])

@@ -216,6 +216,9 @@ def test_kinds_of_images(test_run, tmp_path, checkpoint, name):
     assert saved.dtype == image.dtype and saved.shape[:2] == image.shape[:2]
     colour = image[..., :3] if image.ndim == 3 else np.repeat(image[..., None], 3, 2)
     expected = restored(load_network(checkpoint), colour)
+    if image.ndim == 2:
+        expected = expected.mean(2, keepdims=True)
+        assert (np.ptp(saved, axis=2) == 0).all(), "a grey picture gets no tint"
     tolerance = 1 if image.dtype == np.uint8 else 4  # 16-bit levels are as fine as float32's rounding
     assert np.abs(saved[..., 2::-1].astype(int) - expected).max() <= tolerance
     if image.ndim == 3 and image.shape[2] == 4:
