@@ -37,11 +37,20 @@ def patch_positions(length, patch_size, stride):
 
 
 def fingerprint(pairs, *options):
-    """A digest that changes when a file is added, removed or modified, or the patches would be cut differently."""
+    """A digest that changes when a file is added, removed or modified, or the patches would be cut differently.
+
+    Raises:
+        InputError: a file is missing, as a link may lead nowhere.
+    """
     digest = hashlib.sha256(f"{PACKED_VERSION} {options}".encode())
     for pair in pairs:
         for path in (pair.rainy, pair.clean):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                raise InputError(f"{path}: no such file; expected an image") from None
+            except OSError as error:
+                raise InputError(f"{path}: not a readable image ({error.strerror})") from None
             digest.update(os.fsencode(f"{path.name} {pair.rainy_half} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()
 
@@ -200,10 +209,17 @@ def open_patches(training_set, packed_dir, patch_size, stride, preprocess=False,
         image for the rainy one too.
 
     Raises:
-        InputError: an image is unreadable or too small, or the disk has too little room.
+        InputError: an image is unreadable or too small, the disk has too little room, or PReNet's patches are of
+            another size.
     """
     if not training_set.pairs:
-        return PReNetPatches(training_set)
+        patches = PReNetPatches(training_set)
+        if patches.patch_size != patch_size:
+            raise InputError(
+                f"--patch_size {patch_size}: the patches of {patches.paths[0]} have {patches.patch_size} px; expected"
+                f" --patch_size {patches.patch_size}, or --preprocess, which packs the images of the folder instead"
+            )
+        return patches
     path = packed_path(training_set, packed_dir, patch_size, stride)
     digest = fingerprint(training_set.pairs, patch_size, stride, skip_small)
     if preprocess:
@@ -219,14 +235,17 @@ def open_patches(training_set, packed_dir, patch_size, stride, preprocess=False,
         if small and not skip_small:
             names = ", ".join(f"{pair.rainy} ({width}x{height})" for pair, (height, width) in small.items())
             raise InputError(f"smaller than --patch_size {patch_size}: {names}; --skip_small leaves such images out")
-        report_left_out(training_set.folder, [pair.rainy for pair in small], f"smaller than {patch_size} px")
         if not cuts:
             raise InputError(f"--data_path {training_set.folder}: no image is as large as --patch_size {patch_size}")
         size = f"{packed_size(cuts, patch_size) / 1e6:.1f} MB"
         number = counted(len(cuts), "image" if training_set.clean_only else "pair")
         print(f"{training_set.folder}: packing {number} into {path}, {size} ({reason})", flush=True)
         pack(cuts, path, patch_size, digest)
-    return PackedPatches(path, training_set)
+    patches = PackedPatches(path, training_set)
+    packed = set(patches.names)
+    small = [pair.rainy for pair in training_set.pairs if pair.rainy.name not in packed]
+    report_left_out(training_set.folder, small, f"smaller than {patch_size} px")
+    return patches
 
 
 # Reading patches

@@ -97,23 +97,31 @@ def parse_args(argv=None):
 def check_runs(args, passed_on):
     """See that the folders of the runs are free, or with --resume that they are of the same options.
 
+    The options that an earlier call has kept count only where a run of its has begun: train.py may have refused them.
+
     Raises:
         InputError: they are not.
     """
     kept = args.logs / OPTIONS
-    used = [path for path in (kept, *(args.logs / f"seed{seed}" for seed in args.seeds)) if path.exists()]
-    if used and not args.resume:
-        raise InputError(f"--logs: {used[0]} is there already; expected --resume to go on with it, or another folder")
     options = {name: value for name, value in vars(args).items() if name not in ("seeds", "logs", "output", "resume")}
     options["passed on"] = passed_on
     try:
         before = json.loads(kept.read_text()) if kept.exists() else options
         changed = [name for name in options if before[name] != options[name]]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"--resume {kept}: expected the options that this script has written there") from None
-    if changed:
+        raise InputError(f"--logs: {kept} is not of this script; expected the options that it writes there") from None
+    begun = [path for path in args.logs.glob("seed*/run*") if has_begun(path)]
+    used = [path for path in (kept, *(args.logs / f"seed{seed}" for seed in args.seeds)) if path.exists()]
+    if used and not args.resume and (begun or used != [kept]):
+        raise InputError(f"--logs: {used[0]} is there already; expected --resume to go on with it, or another folder")
+    if changed and begun:
         raise InputError(f"--resume {kept}: {changed[0]} was {before[changed[0]]}; expected the same options")
     write_text(kept, json.dumps(options, indent=2) + "\n")
+
+
+def has_begun(folder):
+    """Whether train.py has begun the run in ``folder``, having taken its options and data."""
+    return (folder / "args.json").is_file()
 
 
 @torch.inference_mode()
@@ -196,7 +204,7 @@ def train(args, passed_on, seed, weights, folder):
     ]
     for option, value in (("--val_path", args.val_path), ("--backbone_dir", args.backbone_dir)):
         command += [option, value] if value else []
-    if args.resume and (folder / "args.json").is_file():
+    if args.resume and has_begun(folder):
         command.append("--resume")
     print(shlex.join(command[1:]), flush=True)
     with subprocess.Popen(command) as process:

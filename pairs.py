@@ -183,15 +183,20 @@ def candidate_folders(folder):
             yield from ((rainy, clean) for clean in clean_folders)
 
 
-def best_match(candidates):
+def best_match(candidates, images=None):
     """The ``Found`` with the most pairs over all (rainy folder, clean folder) and ``NAMES``; None where none has any.
+
+    Args:
+        candidates: the (rainy folder, clean folder)s.
+        images: {folder: paths of its images}, to which those that are looked at are added.
 
     Raises:
         InputError: it has two files of one stem.
     """
-    best, best_twins, images = None, None, {}
+    best, best_twins, images = None, None, {} if images is None else images
     for folders in candidates:
-        rainy, clean = (images.setdefault(folder, list_images(folder)) for folder in folders)
+        images.update({place: list_images(place) for place in folders if place not in images})
+        rainy, clean = (images[place] for place in folders)
         for names in NAMES:
             if folders[0] == folders[1] and not names.one_folder:
                 continue
@@ -227,13 +232,10 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
         if found is None:
             raise InputError(f"--clean_path {clean_folder}: no image goes by its name with one in {folder}")
         return found
-    found, paths = best_match(candidate_folders(folder)), list_images(folder)
+    images = {folder: list_images(folder)}
+    found, paths = best_match(candidate_folders(folder), images), images[folder]
     if found:
-        # Images of the folder itself, where those of the set lie in folders below.
-        known = [path for pair in found.pairs for path in (pair.rainy, pair.clean)] + found.alone + found.unused
-        known = {os.path.realpath(path) for path in known}
-        strays = [path for path in paths if os.path.realpath(path) not in known]
-        return found._replace(unused=sorted([*found.unused, *strays], key=natural_key))
+        return found._replace(unused=sorted([*found.unused, *strays(folder, images, found)], key=natural_key))
     if required or not paths:  # a folder of photographs may well have a data set below it
         refuse_parent_of_sets(folder, option)
     if rainy_half and paths:
@@ -251,6 +253,30 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
     if beside:
         print(printable(f"{folder}: no clean images by their names; --clean_path {beside} takes those there for them"))
     return Found([], find_images(folder, option), [])
+
+
+def strays(folder, images, found):
+    """The images in and below ``folder`` of which ``found`` says nothing, as they are of another layout, or of none.
+
+    Args:
+        folder: the data set's.
+        images: {folder: paths of its images} that were looked at.
+        found: the ``Found`` of the layout that was taken.
+    """
+    known = [path for pair in found.pairs for path in (pair.rainy, pair.clean)] + found.alone + found.unused
+    known = {os.path.realpath(path) for path in known}
+    below = (paths for place, paths in images.items() if place.is_relative_to(folder))
+    return {os.path.realpath(path): path for paths in below for path in paths
+            if os.path.realpath(path) not in known}.values()
+
+
+def pairs_directly_in(folder):
+    """The ``Found`` of the pairs whose rainy images lie directly in ``folder``; None where there is none.
+
+    Raises:
+        InputError: it has two files of one stem.
+    """
+    return best_match(folders for folders in candidate_folders(Path(folder)) if folders[0].samefile(folder))
 
 
 def refuse_parent_of_sets(folder, option):
@@ -415,12 +441,21 @@ def parse_args(argv=None):
         "--check", nargs=2, type=a_path(), required=True, metavar=("TRAIN_DIR", "TEST_DIR"),
         help="list the training pairs whose clean image is (nearly) a test background",
     )
+    parser.add_argument(
+        "--side_by_side", choices=("left", "right"),
+        help="pictures that hold both images, in folders where no layout fits: which half is the rainy one",
+    )
     return parser.parse_args(argv)
 
 
 def main():
-    train_folder, test_folder = parse_args().check
-    pairs, test_pairs = (find_pairs(folder, "--check").pairs for folder in (train_folder, test_folder))
+    args = parse_args()
+    test_folder, sets = args.check[1], []
+    for folder in args.check:
+        found = find_pairs(folder, "--check", rainy_half=args.side_by_side)
+        report_left_out(folder, [*found.alone, *found.unused])
+        sets.append(found.pairs)
+    pairs, test_pairs = sets
     partners = Backgrounds().partners(pairs, test_pairs)
     for pair, partner in zip(pairs, partners):
         if partner:

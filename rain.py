@@ -9,6 +9,9 @@ The rain model is that of Rain100L and Rain100H: rainy = min(255, clean + S), wh
 The preset real departs from it, as photographs do: its streaks are soft and a little coloured, behind a veil of mist.
 """
 import argparse
+import os
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
@@ -16,8 +19,8 @@ import numpy as np
 import skimage.data
 
 from images import find_images, read_rgb, write_image
-from pairs import find_pairs, read_pair, report_left_out
-from utils import InputError, a_path, at_least, check_folder, counted, progress, run_script
+from pairs import find_pairs, pairs_directly_in, read_pair, report_left_out
+from utils import InputError, RunError, a_path, at_least, check_folder, counted, progress, run_script
 
 
 @dataclass(frozen=True)
@@ -386,7 +389,51 @@ def parse_args():
         "--layout", choices=("train", "test"), default="train",
         help="train: rain-N.png beside norain-N.png; test: norain-NNN.png with rainy/rain-NNN.png (default: train)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.streaks and len(args.preset) > args.per_image:
+        parser.error(
+            f"argument --preset: {len(args.preset)} for --per_image {args.per_image}; expected --per_image"
+            f" {len(args.preset)} or more, as the versions of a photograph take turns"
+        )
+    return args
+
+
+def find_photographs(folder):
+    """The paths of the images in the folder of --clean, without the rainy ones of pairs that lie there."""
+    photographs = find_images(folder, "--clean")
+    found = pairs_directly_in(folder)
+    if found is None:
+        return photographs
+    print(f"{folder}: {counted(len(found.pairs), 'rainy image')} of pairs left out")
+    report_left_out(folder, found.alone)
+    rainy = {*found.alone, *(pair.rainy for pair in found.pairs)}
+    return [path for path in photographs if path not in rainy]
+
+
+@contextmanager
+def whole_folder(path):
+    """Yield a folder whose content becomes that of ``path``, a new or an empty one, on success.
+
+    On any error it is removed, and ``path`` is as it was.
+
+    Raises:
+        RunError: a folder cannot be made or moved.
+    """
+    name = f"{path.name[:40]}-unfinished-{os.getpid()}"
+    # An empty folder that is there may be a disk of its own, which cannot be replaced.
+    temporary = path / name if path.is_dir() else path.with_name(name)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.is_dir():
+            for child in list(temporary.iterdir()):
+                child.rename(path / child.name)
+        else:
+            temporary.rename(path)
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def output_paths(folder, layout, number):
@@ -399,7 +446,7 @@ def output_paths(folder, layout, number):
 def main():
     args = parse_args()
     bundled = args.clean == "scikit-image"
-    photographs = SAMPLE_PHOTOGRAPHS if bundled else find_images(args.clean, "--clean")
+    photographs = SAMPLE_PHOTOGRAPHS if bundled else find_photographs(args.clean)
     check_folder("--out", args.out)
     if args.out.exists() and any(args.out.iterdir()):
         raise InputError(f"--out {args.out}: expected a new or an empty folder")
@@ -408,17 +455,18 @@ def main():
         pairs, alone, unused = find_pairs(args.streaks, "--streaks")
         report_left_out(args.streaks, [*alone, *unused])
     jobs = [(photograph, k) for photograph in photographs for k in range(args.per_image)]
-    for number, (photograph, k) in enumerate(progress(jobs, "drawing rain"), 1):
-        clean = sample_photograph(photograph) if bundled else read_rgb(photograph)
-        rng = np.random.default_rng((args.seed, number))
-        if pairs:
-            donor = pairs[rng.integers(len(pairs))]
-            rainy = add_rain(clean, fit_streaks(read_streaks(donor, "--streaks"), *clean.shape[:2], rng))
-        else:
-            rainy = draw_rain(clean, args.preset[k % len(args.preset)], rng)
-        rainy_path, clean_path = output_paths(args.out, args.layout, number)
-        write_image(rainy_path, rainy)
-        write_image(clean_path, clean)
+    with whole_folder(args.out) as folder:
+        for number, (photograph, k) in enumerate(progress(jobs, "drawing rain"), 1):
+            clean = sample_photograph(photograph) if bundled else read_rgb(photograph)
+            rng = np.random.default_rng((args.seed, number))
+            if pairs:
+                donor = pairs[rng.integers(len(pairs))]
+                rainy = add_rain(clean, fit_streaks(read_streaks(donor, "--streaks"), *clean.shape[:2], rng))
+            else:
+                rainy = draw_rain(clean, args.preset[k % len(args.preset)], rng)
+            rainy_path, clean_path = output_paths(folder, args.layout, number)
+            write_image(rainy_path, rainy)
+            write_image(clean_path, clean)
     print(f"{counted(len(jobs), 'pair')} from {counted(len(photographs), 'photograph')} in {args.out}")
 
 

@@ -84,16 +84,27 @@ def describe_set(folder, seed):
 
     Returns:
         {"real" or a preset's name: (pairs, columns) array, a row of ``describe`` for each pair}.
+
+    Raises:
+        InputError: a pair cannot be measured, as it has no rain or is too small.
     """
     pairs, alone, unused = find_pairs(folder)
     report_left_out(folder, [*alone, *unused])
     figures = {"real": [], **{name: [] for name in EXACT}}
     for number, pair in enumerate(progress(pairs, Path(folder).name)):
-        clean = read_clean(pair)
-        figures["real"].append(describe(add_rain(clean, read_streaks(pair, "--data_path")), clean))
+        clean, layers = read_clean(pair), {"real": read_streaks(pair, "--data_path")}
+        height, width = clean.shape[:2]
+        if min(height, width) < 11:
+            raise InputError(f"{pair.rainy}: {width}x{height}; expected images of 11 px or more, the window of SSIM")
         for k, name in enumerate(EXACT):
-            rng = np.random.default_rng((seed, number, k))
-            figures[name].append(describe(add_rain(clean, streak_layer(*clean.shape[:2], name, rng)), clean))
+            layers[name] = streak_layer(height, width, name, np.random.default_rng((seed, number, k)))
+        for name, streaks in layers.items():
+            figures[name].append(describe(add_rain(clean, streaks), clean))
+            if not np.isfinite(figures[name][-1]).all():
+                which = "its rain" if name == "real" else f"rain as drawn by the preset {name}"
+                raise InputError(
+                    f"{pair.rainy}: {which} does not show on {pair.clean.name}; expected images that differ"
+                )
     return {name: np.array(rows) for name, rows in figures.items()}
 
 
@@ -211,8 +222,9 @@ def main():
     lines += [table_row(folder, name, rows) for folder, figures in sets.items() for name, rows in figures.items()]
     print(*lines[-3 * len(sets) - 2 :], sep="\n")
     if args.output:
+        sheet = draw_picture(sets, args.seed)
         write_text(table, "\n".join(lines) + "\n")
-        write_image(picture, draw_picture(sets, args.seed), Metadata(software=MARK), quality=42)
+        write_image(picture, sheet, Metadata(software=MARK), quality=42)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def load_data(args, device, rank, ranks):
     )
     hold_out = args.val_pairs * (len(sets) if len(args.val_pairs) == 1 else 1)
     given = find_validation_pairs(args.val_path, args.side_by_side) if args.val_path else []
-    val_pairs = separate(sets, hold_out, given, args.exclude_test)
+    val_pairs = separate(sets, hold_out, given, args.exclude_test, args.side_by_side)
     validation = summarise_validation(val_pairs)
 
     anew = args.preprocess and rank == 0 and not restarted()

@@ -86,7 +86,10 @@ def find_training_sets(
         if not folder.is_dir():
             raise InputError(f"--data_path {folder}: no such folder; {DATA_HINT}")
         if prenet and all((folder / name).is_file() for name in PRENET_FILES):
-            print(f"{folder}: using PReNet's {' and '.join(PRENET_FILES)} (--preprocess packs its images instead)")
+            print(
+                f"{folder}: using PReNet's {' and '.join(PRENET_FILES)} as they are, without --stride and --skip_small"
+                " (--preprocess packs its images instead)"
+            )
             sets.append(TrainingSet(folder, count))
             continue
         found = find_pairs(folder, "--data_path", clean_path, rainy_half, not photographs, ways_out)
@@ -118,7 +121,7 @@ def summarise_validation(pairs):
     return {"pairs": len(pairs), "content": digest.hexdigest()}
 
 
-def separate(sets, hold_out_counts, val_pairs, exclude_test):
+def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None):
     """Make training, validation and test sets share no background; what is left out of training is named.
 
     Args:
@@ -126,6 +129,7 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test):
         hold_out_counts: how many backgrounds of each set to hold out for validation.
         val_pairs: further pairs to validate on.
         exclude_test: folders of test sets.
+        rainy_half: of these, as for ``pairs.find_pairs``.
 
     Returns:
         The pairs to validate on: those held out, and ``val_pairs``.
@@ -143,9 +147,10 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test):
             " --clean OTHER_PHOTOGRAPHS --out DIR, and give --val_path DIR"
         )
     for test_folder in exclude_test:
-        test_pairs = find_pairs(test_folder, "--exclude_test").pairs
+        found = find_pairs(test_folder, "--exclude_test", rainy_half=rainy_half)
+        report_left_out(test_folder, [*found.alone, *found.unused])  # what is no pair is not compared
         for training_set in sets:
-            training_set.leave_out(test_pairs, backgrounds, f"background of {test_folder}")
+            training_set.leave_out(found.pairs, backgrounds, f"background of {test_folder}")
     for training_set, count in zip(sets, hold_out_counts):
         if count and not training_set.clean_only:
             chosen = hold_out(training_set.pairs, count, backgrounds)

@@ -64,6 +64,19 @@ def test_a_file_of_somebody_else_is_not_replaced(refused, tmp_path, text, resume
     assert kept.read_text() == text
 
 
+def test_options_with_which_no_run_has_begun_do_not_bind(refused, tmp_path):
+    """As here, where the weights of the backbones are missing, or where train.py refuses one of its own options."""
+    command = "ablation", "--data_path", make_pairs(tmp_path / "pairs"), "--val_pairs", 1, "--logs", tmp_path / "logs"
+    for number, resume in ((1, ()), (2, ()), (3, ("--resume",))):
+        missing = tmp_path / f"none{number}"
+        refused(*command, "--pach_size", number, "--backbone_dir", missing, *resume, names=[missing])
+    begun = tmp_path / "logs/seed0/run0/args.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
+    refused(*command, "--pach_size", 4, "--backbone_dir", missing, "--resume", names=["passed on was", "options.json"])
+    refused(*command, "--pach_size", 3, "--backbone_dir", missing, names=["--logs", "--resume"])
+
+
 def test_a_seed_given_twice_is_refused(refused, tmp_path):
     refused("ablation", "--data_path", tmp_path, "--seeds", 0, 0, names=["--seeds"])
 

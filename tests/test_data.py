@@ -369,6 +369,27 @@ def test_skip_small_leaves_them_out_by_name(tmp_path, capsys):
         prepare(folder, tmp_path / "packed", 50, skip_small=True)
 
 
+def test_small_images_are_named_by_later_runs_too(tmp_path, capsys):
+    folder = make_pairs(make_pairs(tmp_path / "pairs", (1, 2)), (5,), 20, 64)
+    for _ in range(2):
+        prepare(folder, tmp_path / "packed", skip_small=True)
+        assert f"{folder}: left out 1 (smaller than 32 px): rain-5.png\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target, reason", [
+    ("/nowhere", "no such file; expected an image"), ("2.png", "not a readable image")
+], ids=["nowhere", "itself"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, target, reason):
+    for number in (1, 2):
+        save(tmp_path / f"pairs/target/{number}.png", photo(number))
+        save(tmp_path / f"pairs/input/{number}.png", photo(number))
+    link = tmp_path / "pairs/input/2.png"
+    link.unlink()
+    link.symlink_to(target)
+    with pytest.raises(InputError, match=f"{link}: {reason}"):
+        prepare(tmp_path / "pairs", tmp_path / "packed")
+
+
 def test_case_of_a_tiny_training_image(shared, tmp_path):
     folder = shared / "cases/tiny_training_image/tiny"
     with pytest.raises(InputError, match=f"smaller than --patch_size 40: {folder / 'rain-3.png'} .20x64.; --skip"):
@@ -413,7 +434,7 @@ def write_prenet(folder, count=5, size=24, targets=None):
 def test_prenets_files_are_read_as_they_are(tmp_path):
     # More than ten: HDF5 lists the keys as "0", "1", "10", "11", "2", ...
     inputs, targets = write_prenet(tmp_path / "prenet", count=12)
-    source = prepare(tmp_path / "prenet", tmp_path / "packed", 100, 80)
+    source = prepare(tmp_path / "prenet", tmp_path / "packed", 24, 80)
     assert not (tmp_path / "packed").exists()
     dataset = TrainingPatches([source], augment=False)
     assert len(dataset) == 12 and dataset.describe(3) == "prenet patch 3"
@@ -421,6 +442,14 @@ def test_prenets_files_are_read_as_they_are(tmp_path):
         rainy, clean, number = dataset[0, index]
         assert number == index and rainy.dtype == torch.float32
         assert np.array_equal(rainy, inputs[index]) and np.array_equal(clean, targets[index])
+
+
+def test_prenets_patches_of_another_size_are_refused(tmp_path):
+    write_prenet(tmp_path / "prenet", size=24)
+    with pytest.raises(InputError) as caught:
+        prepare(tmp_path / "prenet", tmp_path, 32)
+    for name in ("--patch_size 32", tmp_path / "prenet/train_input.h5", "24 px", "--patch_size 24", "--preprocess"):
+        assert str(name) in str(caught.value)
 
 
 def test_prenets_files_of_different_lengths_are_refused(tmp_path):

@@ -22,7 +22,7 @@ COMMAND = re.compile(r"(?:^|`)((?:python \w+\.py|torchrun |bash main\.sh)[^`\n]*
 TINY = {
     "train": "--max_steps 1 --recurrent_iter 1 --patch_size 33 --stride 33 --batch_size 2 --num_workers 0 --device cpu"
     " --backbone_weights random --seg_backbone resnet18",
-    "test": "--device cpu", "rain": "--per_image 1", "export": "", "curve": "", "pairs": "",
+    "test": "--device cpu", "rain": "--per_image 2", "export": "", "curve": "", "pairs": "",
 }
 
 

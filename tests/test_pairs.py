@@ -200,6 +200,18 @@ def test_images_without_a_partner_are_told_apart(tmp_path):
         assert names(unused) == ["cat.png", "norain-20.png"]
 
 
+def test_pairs_of_the_layout_with_fewer_are_left_out_by_name(tmp_path):
+    touch(tmp_path, [f"{place}/{n}.png" for place in ("input", "target") for n in (1, 2, 3)])
+    touch(tmp_path, [f"{place}/{n}.png" for place in ("rain", "norain") for n in (1, 7)])
+    pairs, alone, unused = find_pairs(tmp_path)
+    assert len(pairs) == 3 and alone == []
+    assert [path.relative_to(tmp_path).as_posix() for path in unused] == [
+        "norain/1.png", "norain/7.png", "rain/1.png", "rain/7.png"
+    ]
+    pairs, alone, unused = find_pairs(tmp_path / "input")
+    assert len(pairs) == 3 and not alone and not unused, "nothing of the folders beside the one that was given"
+
+
 def test_own_photographs_beside_a_pair_are_all_left_out(shared):
     pairs, alone, unused = find_pairs(shared / "cases/own_photos_layout/own_photos")
     assert len(pairs) == 1 and alone == []
@@ -579,6 +591,22 @@ def test_planted_test_backgrounds_are_found(tmp_path, run):
     test = tmp_path / "test"
     assert lines == [f"{number}.png: {number}.png is norain-2.png of {test}" for number in range(5)]
     assert last == f"5 of 6 pairs show a background of {test}"
+
+
+def test_side_by_side_sets_are_checked(tmp_path, run):
+    for folder, number, name in (("train", 1, "a"), ("train", 2, "b"), ("test", 2, "1")):
+        clean = photo(number, 160, 240)
+        save(tmp_path / folder / f"{name}.png", np.hstack((with_rain(clean), clean)))
+    result = run("pairs", "--check", tmp_path / "train", tmp_path / "test", "--side_by_side", "left")
+    test = tmp_path / "test"
+    assert result.out == f"b.png: b.png is 1.png of {test}\n1 of 2 pairs show a background of {test}\n", result
+
+
+def test_check_names_what_is_not_compared(tmp_path, run):
+    train, test = (make_pairs(tmp_path / name) for name in ("train", "test"))
+    (test / "rain-2.png").unlink()
+    result = run("pairs", "--check", train, test)
+    assert f"{test}: left out 1 (no pair by their names): norain-2.png\n" in result.out and result.status == 0
 
 
 def test_the_command_of_the_docstring_from_another_folder(tmp_path):

@@ -109,12 +109,47 @@ def test_folder_in_use_is_refused(refused, photographs, tmp_path, occupied):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "option", [("--seed", -1), ("--per_image", 0), ("--preset", "hail"), ("--streaks", ".", "--preset", "light")]
-)
+@pytest.mark.parametrize("option", [
+    ("--seed", -1), ("--per_image", 0), ("--preset", "hail"), ("--streaks", ".", "--preset", "light"),
+    ("--preset", "light", "heavy"),
+])
 def test_bad_options_are_named(refused, photographs, tmp_path, option):
     refused("rain", "--clean", photographs, "--out", tmp_path / "out", *option, names=[option[0]])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_rainy_images_of_pairs_are_no_photographs(run, pairs_dir, tmp_path):
+    save(pairs_dir / "rain-7.png", photo(7))
+    save(pairs_dir / "cat.png", photo(8))
+    result = run("rain", "--clean", pairs_dir, "--out", tmp_path / "out")
+    assert result.status == 0 and "4 pairs from 4 photographs" in result.out, result
+    assert f"{pairs_dir}: 3 rainy images of pairs left out\n" in result.out
+    assert "left out 1 (no pair by their names): rain-7.png" in result.out
+    for pair, number in zip(find_pairs(tmp_path / "out").pairs, (8, 1, 2, 3), strict=True):
+        assert np.array_equal(read_rgb(pair.clean), photo(number))
+
+
+def test_clean_images_beside_a_folder_of_rainy_ones_are_all_drawn_on(run, tmp_path):
+    for number in (1, 2):
+        save(tmp_path / f"set/norain-00{number}.png", photo(number))
+    save(tmp_path / "set/rainy/rain-001.png", with_rain(photo(1)))
+    result = run("rain", "--clean", tmp_path / "set", "--out", tmp_path / "out")
+    assert result.out.splitlines()[-1].startswith("2 pairs from 2 photographs") and "left out" not in result.out, result
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "empty folder"])
+def test_a_damaged_photograph_leaves_no_part_of_a_set(run, refused, photographs, tmp_path, there):
+    last = photographs / "10.png"
+    last.write_bytes(last.read_bytes()[:200])
+    if there:
+        (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    command = "rain", "--clean", photographs, "--out", tmp_path / "out", "--layout", "test"
+    refused(*command, names=[last])
+    assert sorted(tmp_path.rglob("*")) == before
+    save(last, photo(10, 60, 90))
+    assert run(*command).status == 0 and len(find_pairs(tmp_path / "out").pairs) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean", "out"]
 
 
 # Streaks of real pairs
@@ -369,6 +404,20 @@ def test_comparison_is_written(run, pairs_dir, tmp_path):
     assert f"| pairs | real | 3 | {np.mean(means):.1f} (" in table and f"--output {tmp_path / 'out/rain'}" in table
     assert read_rgb(tmp_path / "out/rain.jpg").shape[1] == rain_stats.WIDTH
     assert run("rain_stats", "--data_path", pairs_dir, "--output", tmp_path / "out/rain").status == 0, "its own, anew"
+
+
+@pytest.mark.parametrize("height, width, rain, expected", [
+    (48, 64, False, "does not show on norain-3.png"), (10, 64, True, "64x10; expected images of 11 px or more"),
+    (64, 10, True, "10x64"),
+])
+def test_pairs_that_cannot_be_compared_are_named(refused, pairs_dir, tmp_path, height, width, rain, expected):
+    clean = photo(3, height, width)
+    save(pairs_dir / "norain-3.png", clean)
+    save(pairs_dir / "rain-3.png", with_rain(clean) if rain else clean)
+    before = contents(tmp_path)
+    arguments = "--data_path", pairs_dir, "--output", tmp_path / "out/rain"
+    refused("rain_stats", *arguments, names=[pairs_dir / "rain-3.png", expected])
+    assert contents(tmp_path) == before
 
 
 def test_comparison_is_only_printed_without_a_place_for_it(run, pairs_dir, tmp_path, monkeypatch):

@@ -208,6 +208,27 @@ def test_exclude_test_names_itself(pairs_dir, tmp_path):
         separate(find(pairs_dir), [0], [], [tmp_path / "none"])
 
 
+def test_a_side_by_side_test_set_is_excluded(pairs_dir, tmp_path):
+    save(tmp_path / "test/1.png", np.hstack((photo(2), with_rain(photo(2)))))
+    sets = find(pairs_dir)
+    separate(sets, [0], [], [tmp_path / "test"], "right")
+    assert stems(sets[0].pairs) == ["rain-1", "rain-3"]
+
+
+def test_train_takes_the_halves_of_exclude_test(refused, tmp_path):
+    save(tmp_path / "both/1.png", np.hstack((photo(2), with_rain(photo(2)))))
+    halves = "--side_by_side", "right", "--exclude_test", tmp_path / "both"
+    folders = "--data_path", tmp_path / "both", "--save_path", tmp_path / "run"
+    refused("train", *folders, *halves, names=["none is left to train on"])
+
+
+def test_what_of_a_test_set_is_not_compared_is_named(pairs_dir, tmp_path, capsys):
+    test = make_pairs(tmp_path / "test", (2, 3))
+    (test / "rain-2.png").unlink()
+    separate(find(pairs_dir), [0], [], [test])
+    assert f"{test}: left out 1 (no pair by their names): norain-2.png\n" in capsys.readouterr().out
+
+
 # The digest by which a resumed run knows its validation pairs
 
 
