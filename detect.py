@@ -155,7 +155,7 @@ def find_scenes(args):
     columns, missing = [], []
     for folder in args.results_path:
         results, unused = match_results(found.pairs, folder)
-        report_left_out(folder, without_overviews(folder, unused), "no image of the set by their names")
+        report_left_out(folder, without_overviews(unused), "no image of the set by their names")
         columns.append(results)
         if lacking := [pair.rainy for pair, path in zip(found.pairs, results) if path is None]:
             missing.append((folder, lacking))

@@ -186,6 +186,7 @@ class _Derain:
         self.device, self.max_memory = device, max_memory
         self._runner = _module("inference").StripRunner(net, dtype)
         self._run = _module("runners").self_ensemble(self._runner) if self_ensemble else self._runner
+        self._settings = _module("runners").settings_of(self._runner, self_ensemble)
 
     def __call__(self, picture, output=None):
         """Take the rain off a picture of any size, in bounded memory. Several threads may call this: they take turns.
@@ -275,7 +276,9 @@ class _Derain:
             )
         derained = self._derain_array(image)
         with _image_files():
-            images.write_image(output, derained, metadata._replace(software=images.MARK))
+            # As in test.py, whose results have the same bytes
+            mark = images.mark_of(path, output, quality=95, metadata=True, rainy_half=None, **self._settings)
+            images.write_image(output, derained, metadata._replace(software=mark))
         return output
 
 

@@ -5,10 +5,12 @@
 Pillow decodes what has 8 bits a sample, OpenCV what has more. Whatever goes wrong in a file is an ``InputError`` that
 names the file.
 """
+import json
 import math
 import os
 import re
 import warnings
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -323,8 +325,22 @@ MARK = "SAPNet"  # the software that a picture of this program names as its make
 LARGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # px
 
 
+def mark_of(path, output, quality, **settings):
+    """The mark of a derained picture, which tells results of one name apart: ``MARK`` and a fingerprint.
+
+    Args:
+        path: of the file that it is made of, whose content counts and not its name.
+        output: path of the result; its format counts, and of JPEG and WebP the ``quality``.
+        settings: what else its bytes depend on, such as the weights; values that JSON can hold.
+    """
+    kind = WRITTEN[output.suffix.lower()]
+    settings |= {"format": kind} | ({"quality": quality} if kind in ("JPEG", "WEBP") else {})
+    made_of = json.dumps([zlib.crc32(Path(path).read_bytes()), settings], sort_keys=True)
+    return f"{MARK} {zlib.crc32(made_of.encode()):08x}"
+
+
 def is_marked(path):
-    """Whether a picture at a path names this program as its maker."""
+    """Whether a picture at a path names this program as its maker, with or without a fingerprint."""
     try:
         return path.suffix.lower() in WRITTEN and str(read_metadata(path).software).startswith(MARK)
     except InputError:

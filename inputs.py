@@ -6,12 +6,13 @@ Each file of a folder is used, left out because no pair fits it by its name, or 
 """
 import os
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from images import NoImages, is_image, is_video
 from outputs import is_result, without_overviews
-from pairs import Pair, find_pairs, match_results, report_left_out
+from pairs import Pair, best_match, candidate_folders, find_pairs, match_results, report_left_out
 from utils import InputError, natural_key, printable
 from video_input import is_pattern
 
@@ -66,6 +67,37 @@ def earlier_results(files, folder, args):
     return [path for path in files if (is_image(path) or is_video(path)) and is_result(path)]
 
 
+def without_own_results(found, folder, args, places=()):
+    """Take pictures that this program has derained for no clean images, where a folder of them looks like one by name.
+
+    Args:
+        found: ``pairs.Found`` of a folder.
+        folder: of --test_data_path.
+        places: real paths of folders in which such results have been found already.
+
+    Returns:
+        ``found``, or what there is in other folders, in which pictures whose clean image is a result have none, unless
+        --clean_path asks for it.
+    """
+    if args.clean_path:
+        return found
+    results = {path for path in {pair.clean for pair in found.pairs if not pair.rainy_half} if is_result(path)}
+    rainy = [pair.rainy for pair in found.pairs if pair.clean in results]
+    if not rainy:
+        return found
+    place = printable(os.path.relpath(min(results).parent, folder))
+    print(f"{printable(folder)}: the pictures in {place} are results of an earlier run and no clean images")
+    pairs = [pair for pair in found.pairs if pair.clean not in results]
+    # The clean images may lie in another folder, whose name comes after that of the results.
+    places = {*places, *(os.path.realpath(path.parent) for path in results)}
+    others = best_match(pair for pair in candidate_folders(folder) if os.path.realpath(pair[1]) not in places)
+    if others and len(others.pairs) > len(pairs):
+        return without_own_results(others, folder, args, places)
+    if args.side_by_side:
+        return found._replace(pairs=[*pairs, *(Pair(path, path, args.side_by_side) for path in rainy)])
+    return found._replace(pairs=pairs, alone=sorted([*found.alone, *rainy], key=natural_key))
+
+
 def find_set(folder, earlier, args):
     """Find the pairs of a folder, and say which of them are not measured and which images are left out.
 
@@ -78,6 +110,7 @@ def find_set(folder, earlier, args):
     """
     rainy_half = args.side_by_side
     found = find_pairs(folder, "--test_data_path", args.clean_path, rainy_half, required=False)
+    found = without_own_results(found, folder, args)
     if rainy_half and not all(pair.rainy_half for pair in found.pairs):
         raise InputError(
             f"--side_by_side {rainy_half}: {folder} has rainy and clean images in files of their own,"
@@ -139,23 +172,44 @@ def paths_of(pairs):
     return [path for pair in pairs for path in (pair.rainy, pair.clean) if path]
 
 
+def find_file(path, below, args):
+    """The ``Inputs`` of one file, whose result goes to the folder ``below`` under --output_path."""
+    if is_video(path) or len(args.inputs) == 1 and is_clip(path):
+        return Inputs([], [(path, below)], [], [], [])
+    if is_image(path):
+        half = args.side_by_side
+        return Inputs([(Pair(path, path if half else None, half), below, None)], [], [], [], [])
+    return Inputs([], [], [], [path], [])
+
+
+def without_known(inputs, known):
+    """``inputs`` without the files that are in ``known``, to which the others are added."""
+
+    def is_new(path):
+        # By folder and name: two links to one picture are two pictures, as they are within a folder.
+        place = os.path.join(os.path.realpath(path.parent), path.name)
+        new = place not in known
+        known.add(place)
+        return new
+
+    return inputs._replace(
+        pictures=[picture for picture in inputs.pictures if is_new(picture[0].rainy)],
+        clips=[clip for clip in inputs.clips if is_new(clip[0])],
+        others=[path for path in inputs.others if is_new(path)],
+    )
+
+
 def find_inputs(args):
     """The ``Inputs`` of all paths of --test_data_path, and a line about those that are not measured or left out."""
-    inputs = Inputs([], [], [], [], [])
-    for path in args.inputs:
+    found, known = {}, set()
+    # Of a folder and a file in it the folder comes first, as there the file may have its clean image.
+    for path in sorted(args.inputs, key=lambda path: not path.is_dir()):
         below = Path()
         if len(args.inputs) > 1:
             below = Path(os.path.relpath(path if path.is_dir() else path.parent, args.test_data_path))
-        if path.is_dir():
-            for found, new in zip(inputs, find_in_folder(path, below, args)):
-                found += new
-        elif is_video(path) or len(args.inputs) == 1 and is_clip(path):
-            inputs.clips.append((path, below))
-        elif is_image(path):
-            half = args.side_by_side
-            inputs.pictures.append((Pair(path, path if half else None, half), below, None))
-        else:
-            inputs.others.append(path)
+        new = find_in_folder(path, below, args) if path.is_dir() else find_file(path, below, args)
+        found[path] = without_known(new, known)
+    inputs = Inputs(*(list(chain(*lists)) for lists in zip(*(found[path] for path in args.inputs))))
     if not inputs.pictures and not inputs.clips:
         raise InputError(f"--test_data_path {args.inputs[0]}: neither an image nor a video, as all the others")
     return inputs
@@ -170,6 +224,9 @@ def find_results(args):
     found = find_pairs(
         folder, "--test_data_path", args.clean_path, args.side_by_side, not args.no_reference, ("--clean_path",)
     )
+    found = without_own_results(found, folder, args)
+    if not found.pairs and not args.no_reference:
+        raise InputError(f"--test_data_path {folder}: no clean images; expected --clean_path, the folder of them")
     pairs, left_out = found.pairs, found.alone + found.unused
     if args.no_reference:
         pairs, left_out = [*found.pairs, *(Pair(path, None) for path in found.alone)], found.unused
@@ -177,7 +234,7 @@ def find_results(args):
             print(f"{printable(folder)}: no clean images of {len(found.alone)}, so no PSNR and SSIM of these")
     results, unused = match_results(pairs, from_folder)
     report_left_out(folder, left_out)
-    report_left_out(from_folder, without_overviews(from_folder, unused), "no image of the set by their names")
+    report_left_out(from_folder, without_overviews(unused), "no image of the set by their names")
     matched = list(zip(pairs, results))
     missing = [pair.rainy for pair, result in matched if not result]
     return Inputs([(pair, Path(), result) for pair, result in matched if result], [], unused, [], missing)

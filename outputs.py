@@ -5,7 +5,6 @@
 Apart from test.py, which reads as the course of a picture from its file to its result. Here is what that file needs
 to be safe in a folder with files of other people: a result carries ``images.MARK``, by which a later run knows it.
 """
-import csv
 import os
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from metrics import METRICS
 from pairs import Pair
 from utils import InputError, counted, printable
 from video_input import clip_name, is_pattern
+from video_output import SUFFIXES, read_mark
 
 COLUMNS = ("image", *METRICS, "seconds")  # of metrics.csv
 NO_REFERENCE = {  # metric of --no_reference: (its further columns in metrics.csv, what has no value)
@@ -96,37 +96,22 @@ class Job(NamedTuple):
 
 
 def is_result(path):
-    """Whether this program has written a file: a picture is marked, a table begins as ours, a video has a table."""
-    if path.suffix.lower() in (".csv", ".mp4", ".mkv", ".mov"):
-        try:
-            with open(path.with_suffix(".csv"), encoding="utf-8", errors="replace") as file:
-                return file.read(100).startswith(REPORTS)
-        except OSError:
-            return False
-    return is_marked(path)
+    """Whether this program has written a file: pictures and videos carry its mark, and a table begins as ours do."""
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES.values():
+        return read_mark(path) is not None
+    if suffix != ".csv":
+        return is_marked(path)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(100).startswith(REPORTS)
+    except OSError:
+        return False
 
 
-def listed_results(folder):
-    """The paths that the metrics.csv of a folder has a row for, in the names of results without a mark.
-
-    Such are those of earlier versions of this program, always PNG, their panels and the contact sheet.
-    """
-    report = folder / "metrics.csv"
-    if not is_result(report):
-        return set()
-    with open(report, newline="", encoding="utf-8", errors="replace") as file:
-        names = [row["image"] for row in csv.DictReader(file) if row["image"]]
-    stems = {stem for name in names for stem in (name.removesuffix(Path(name).suffix), name)}
-    results = {f"{stem}.png" for stem in stems} | {str(Path("comparison", f"{stem}.jpg")) for stem in stems}
-    return results | ({SHEET} if any((folder / name).exists() for name in results) else set())
-
-
-def without_overviews(folder, paths):
+def without_overviews(paths):
     """The paths of pictures in a folder of results, without this program's contact sheet and charts there."""
-    listed = listed_results(folder)
-    return [
-        path for path in paths if path.name not in OVERVIEWS or path.name not in listed and not is_result(path)
-    ]
+    return [path for path in paths if path.name not in OVERVIEWS or not is_result(path)]
 
 
 def check_outputs(paths, inputs, output_path, way_out=", or a --suffix for the names"):
@@ -138,7 +123,7 @@ def check_outputs(paths, inputs, output_path, way_out=", or a --suffix for the n
         way_out: what else than another folder the error tells to do.
     """
     inputs = {os.path.realpath(path) for path in inputs}  # unlike Path.resolve, also of a link to itself
-    listed, written, taken = listed_results(output_path), set(), []
+    written, taken = set(), []
     for path in paths:
         if os.path.realpath(path) in inputs:
             raise InputError(
@@ -147,9 +132,8 @@ def check_outputs(paths, inputs, output_path, way_out=", or a --suffix for the n
         if path in written:
             raise InputError(f"--output_path {output_path}: two results would be {path.name}; expected other names")
         written.add(path)
-        name = printable(os.path.relpath(path, output_path))
-        if os.path.lexists(path) and name not in listed and not is_result(path):
-            taken.append(name)
+        if os.path.lexists(path) and not is_result(path):
+            taken.append(printable(os.path.relpath(path, output_path)))
     if taken:
         names = ", ".join(taken[:5]) + (f" and {len(taken) - 5} more" if len(taken) > 5 else "")
         raise InputError(

@@ -4,10 +4,12 @@
 """
 import threading
 import time
+import zlib
 from dataclasses import dataclass
 
 import torch
 
+from checkpoints import network_options
 from devices import out_of_memory
 
 
@@ -26,10 +28,11 @@ class SharedRunner:
     Args:
         runner: a ``StripRunner``, or any function from (N, 3, H, W) to (N, 3, H, W).
         at_once: function of height and width, how many images a call of ``runner`` should have.
+        settings: what its results depend on (``settings_of``).
     """
 
-    def __init__(self, runner, at_once=lambda height, width: 1):
-        self.runner, self.at_once = runner, at_once
+    def __init__(self, runner, at_once=lambda height, width: 1, settings=None):
+        self.runner, self.at_once, self.settings = runner, at_once, settings or {}
         self.turn, self.waiting, self.own = threading.Lock(), [], threading.local()
 
     def __call__(self, rainy):
@@ -86,3 +89,15 @@ def self_ensemble(runner):
     """
     flips = (), (2,), (3,), (2, 3)
     return lambda rainy: sum(runner(rainy.flip(dims)).flip(dims) for dims in flips) / len(flips)
+
+
+def settings_of(runner, ensemble):
+    """What the results of a ``StripRunner`` depend on beside the picture, in values that JSON can hold.
+
+    Equal weights count as equal, whatever file they are from; ``ensemble`` is whether ``self_ensemble`` is around it.
+    """
+    weights = 0
+    for name, tensor in runner.net.state_dict().items():
+        weights = zlib.crc32(tensor.cpu().numpy().tobytes(), zlib.crc32(name.encode(), weights))
+    options = network_options(runner.net)
+    return {"weights": weights, **options, "precision": str(runner.dtype), "self_ensemble": bool(ensemble)}

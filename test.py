@@ -29,7 +29,9 @@ from devices import (
     HALF_PRECISIONS, AmongProcesses, as_one_run, fast_precision, free_memory, from_first, join_processes,
     out_of_memory, pick_device, processes_here, rank_of_run, threads_beside, to_first,
 )
-from images import MARK, WRITTEN, content_of, image_size, read_image, read_metadata, read_rgb, to_uint8, write_image
+from images import (
+    MARK, WRITTEN, content_of, image_size, mark_of, read_image, read_metadata, read_rgb, to_uint8, write_image,
+)
 from inference import StripRunner, to_image, to_tensor, without_tint
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
 from metadata import Metadata
@@ -39,7 +41,7 @@ from outputs import (
     extension, name_outputs,
 )
 from pairs import check_sizes, read_clean, read_rainy
-from runners import SharedRunner, self_ensemble
+from runners import SharedRunner, self_ensemble, settings_of
 from utils import (
     InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable, progress,
     run_script, write_csv,
@@ -231,14 +233,26 @@ def faults_of(path):
         raise InputError(f"{path}: not enough memory ({text or type(error).__name__})") from None
 
 
-def save(path, picture, metadata, quality=95):
-    """Write a picture, with ``MARK``; errors as for ``write_image``, and ``InputError`` for names that cannot be."""
+def save(path, picture, metadata, quality=95, mark=MARK):
+    """Write a picture, with its ``mark``; errors as for ``write_image``, and ``InputError`` for impossible names."""
     try:
-        write_image(path, picture, metadata._replace(software=MARK), quality)
+        write_image(path, picture, metadata._replace(software=mark), quality)
     except RunError as error:
         if getattr(error.__context__, "errno", None) in NAME_ERRORS:
             raise InputError(str(error)) from None
         raise
+
+
+def mark_for(runner, job, saving):
+    """The mark of the result of a ``Job``, by which --overwrite False tells it from one of another picture or options.
+
+    ``runner`` and ``saving`` are as for ``process``.
+    """
+    settings = runner.settings if isinstance(runner, SharedRunner) else {}
+    pair = job.pair
+    return mark_of(
+        pair.rainy, job.output, saving.quality, metadata=saving.metadata, rainy_half=pair.rainy_half, **settings
+    )
 
 
 def process(runner, job, device, saving=Saving(), no_reference=False):
@@ -251,8 +265,9 @@ def process(runner, job, device, saving=Saving(), no_reference=False):
         no_reference: whether NIQE and PIQE are measured too.
 
     Returns:
-        (its row of the report: name, metrics where there is a clean image, seconds of the network, and "reduced" where
-        the format did not take its alpha or 16 bits; its thumbnail for the contact sheet, or None without a panel).
+        (its row of the report: name, metrics where there is a clean image, seconds of the network, "reduced" where the
+        format did not take its alpha or 16 bits, and "renewed" where another result was there in spite of --overwrite
+        False; its thumbnail for the contact sheet, or None without a panel).
 
     Raises:
         InputError: this image fails, and another may not.
@@ -269,7 +284,10 @@ def process(runner, job, device, saving=Saving(), no_reference=False):
             check_sizes(pair, image.shape, clean.shape)
 
         # 2. Derain, or take what is there
-        if runner is None or job.output.exists() and not saving.overwrite:
+        mark = mark_for(runner, job, saving) if runner else None
+        there = runner is None or job.output.exists() and not saving.overwrite
+        row["renewed"] = there and mark is not None and read_metadata(job.output).software != mark
+        if there and not row["renewed"]:
             derained = read_rgb(job.output)
             if derained.shape[:2] != image.shape[:2]:
                 raise InputError(f"{job.output} is not the result of {pair.rainy}, as it has another size; remove it")
@@ -281,7 +299,7 @@ def process(runner, job, device, saving=Saving(), no_reference=False):
 
     # 3. Save
     if result is not None:
-        save(job.output, result, metadata, saving.quality)
+        save(job.output, result, metadata, saving.quality, mark)
 
     # 4. Measure what was written, and show both
     with faults_of(pair.rainy):
@@ -348,6 +366,7 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
 
     rows = [row for _, row, _, _ in everyone if row]
     reduced = [row["image"] for row in rows if row.pop("reduced", False)]
+    renewed = sum(row.pop("renewed") for row in rows)
     thumbnails = [small for _, _, small, _ in everyone if small is not None]
     if rows:
         columns = COLUMNS
@@ -358,6 +377,9 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
         print(f"{counted(len(rows), 'image')} in {printable(args.output_path)}")
         if args.no_reference:
             print("\n".join(explain_no_reference(rows)))
+    if renewed:
+        results = counted(renewed, "result")
+        print(f"--overwrite False: derained again {results} of other pictures, weights, options or versions")
     if reduced:
         print(f"--format {args.format} has not kept the alpha or 16 bits of {len(reduced)}: {', '.join(reduced)}")
     if thumbnails:
@@ -404,7 +426,10 @@ def derain_clip(derain_frame, args, at_once):
     if args.frames and result.last < args.frames[1] and not result.stopped:
         print(f"--frames {args.frames[0]}:{args.frames[1]}: {printable(source)} ends with frame {result.last}")
     if result.stopped:
-        print(f"stopped after frame {result.last}; the same command with --overwrite False goes on from there")
+        way_on = "the same command with --overwrite False goes on from there"
+        if result.kept:
+            way_on = "the finished video that was there is kept"
+        print(f"stopped after frame {result.last}; {way_on}")
         sys.exit(128 + result.stopped)
     if result.faults:
         raise RunError(f"{printable(source)}: {'; '.join(result.faults)}")
@@ -443,7 +468,8 @@ def load_runner(args, device):
     net = load_network(args.checkpoint, args.recurrent_iter, args.use_dilation).to(device)
     max_memory = 0.75 * free_memory() / processes_here() if args.max_memory is None else args.max_memory * 2**30
     runner = StripRunner(net, HALF_PRECISIONS.get(precision, torch.float32), max_memory)
-    return SharedRunner(self_ensemble(runner) if args.self_ensemble else runner, runner.images_at_once)
+    run = self_ensemble(runner) if args.self_ensemble else runner
+    return SharedRunner(run, runner.images_at_once, settings_of(runner, args.self_ensemble))
 
 
 def refuse_to_overwrite(jobs, inputs, args):

@@ -59,7 +59,8 @@ class VideoResult(NamedTuple):
     ``rows`` has a dictionary with the keys ``COLUMNS`` for each frame that was derained, earlier runs included;
     ``last`` is the number of the last frame in the output; ``faults`` are sentences on what could not be read;
     ``stopped`` is the number of the signal that ended it early, or 0; ``notes`` are sentences on what the output does
-    not keep, and on what not all players can play.
+    not keep, and on what not all players can play; ``kept`` is whether the output is the finished video of an earlier
+    run, as this one was stopped.
     """
 
     output: Path
@@ -68,6 +69,7 @@ class VideoResult(NamedTuple):
     faults: list
     stopped: int
     notes: list | tuple = ()
+    kept: bool = False
 
 
 # Stopping and going on
@@ -336,16 +338,28 @@ def derain_video(path, folder, derain, options):
             except OSError as error:
                 raise RunError(f"{output}: could not be written ({error.strerror or error})") from None
             except KeyboardInterrupt:  # before the first frame
-                return VideoResult(output, [], 0, [], signals.number)
+                return VideoResult(output, [], 0, [], signals.number, kept=is_finished(output))
+
+
+def is_finished(path):
+    """Whether a file is a video that this program has derained to the end."""
+    mark = read_mark(path)
+    return bool(mark and mark["complete"])
 
 
 def run(writer, shots, deraining, signals):
-    """Derain the frames that are still to be derained, and write the output; the result of ``derain_video``."""
+    """Derain the frames that are still to be derained, and write the output; the result of ``derain_video``.
+
+    A finished video that is there gives way to another finished one only, not to the first frames of one.
+    """
     source, output, first, before = writer.source, writer.output, writer.first, writer.first - 1 + writer.done
     try:
         failure = deraining.go_through(shots, signals)
         complete = failure is None
-        if len(writer.times) > writer.done or complete and writer.times:
+        kept = not complete and is_finished(output)
+        if kept:
+            writer.packets.remove()
+        elif len(writer.times) > writer.done or complete and writer.times:
             writer.finish(complete)
             writer.packets.remove()
         else:
@@ -357,6 +371,8 @@ def run(writer, shots, deraining, signals):
         raise failure
     if complete and not writer.times:
         raise InputError(f"--frames {first}:{writer.last}: no such frames, or none that can be read")
+    if kept:
+        return VideoResult(output, [], deraining.last, [], signals.number, kept=True)
     lost = deraining.lost
     faults = [f"{counted(len(lost), 'frame')} could not be read, the first of them number {lost[0]}"] if lost else []
     if complete:

@@ -29,7 +29,6 @@ DEMUXERS = (
 MAX_PIXELS = 2**25  # of a frame; 8K has 33 million
 MAX_FAILURES = 100  # errors of the file format in a row after which a video is over
 SEQUENCE_RATE = 25  # frames a second of numbered pictures
-STILL_BRANDS = {"avif", "heic", "heix", "mif1"}  # pictures in the file format of MP4
 NUMBER = re.compile(r"%(?:0(\d+))?d")  # as in frame_%05d.png
 
 
@@ -145,12 +144,6 @@ class VideoFile:
         """What tells the file from another one, in the mark of the result."""
         status = self.path.stat()
         return {"bytes": status.st_size, "modified": int(status.st_mtime)}
-
-    def is_still(self):
-        """Whether this is a picture in a file format that could hold a video."""
-        if self.metadata.get("major_brand", "").strip() in STILL_BRANDS:
-            return True
-        return self.container.format.name in ("gif", "apng") and sum(1 for _ in self.packets(self.stream)) < 2
 
     def packets(self, *streams):
         """Yield the packets of some streams. What the file format's reader complains of goes to ``complaints``."""

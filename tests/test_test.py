@@ -15,7 +15,8 @@ from PIL import Image, ImageCms
 import test as test_script
 from checkpoints import BUNDLED, PUBLISHED_FOLDER, load_network, save_checkpoint
 from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
-from images import MARK, content_of, image_size, read_image, read_metadata
+from images import MARK, content_of, image_size, read_image, read_metadata, write_image
+from metadata import Metadata
 from metrics import measure
 from networks import SAPNet
 from outputs import METRICS
@@ -418,13 +419,14 @@ def side_by_side(pairs_dir, folder, rainy_half):
 def test_halves_of_a_picture_are_a_pair(test_run, pairs_dir, tmp_path, half):
     """The result is what the split files give, with the panels too."""
     output, _ = test_run(pairs_dir, "--comparison")
-    derained = {name.removeprefix("rain-"): data for name, data in contents(output).items() if name.startswith("rain-")}
+    derained = [read_image(path) for path in sorted(output.glob("rain-*.png"))]
     expected = {stem.removeprefix("rain-"): values for stem, values in metrics_of(output).items()}
     folder = side_by_side(pairs_dir, tmp_path / "wide", half)
     output, result = test_run(folder, "--side_by_side", half, "--comparison", "--output_path", tmp_path / "halves")
     written = contents(tmp_path / "halves")
     assert metrics_of(tmp_path / "halves") == expected
-    assert {name: data for name, data in written.items() if name in derained} == derained
+    for number, picture in enumerate(derained, 1):
+        assert np.array_equal(read_image(tmp_path / f"halves/{number}.png"), picture)
     assert {name for name in written if "/" in name} == {f"comparison/{number}.jpg" for number in (1, 2, 3)}
     assert "left out" not in result.out and "not measured" not in result.out
     # One such picture alone
@@ -433,7 +435,7 @@ def test_halves_of_a_picture_are_a_pair(test_run, pairs_dir, tmp_path, half):
     assert metrics_of(tmp_path / "one")["2"] == expected["2"]
     # The other half is not the rainy one
     test_run(folder, "--side_by_side", {"left": "right", "right": "left"}[half], "--output_path", tmp_path / "other")
-    assert contents(tmp_path / "other")["1.png"] != derained["1.png"]
+    assert not np.array_equal(read_image(tmp_path / "other/1.png"), derained[0])
 
 
 def test_halves_keep_depth_and_alpha(test_run, tmp_path):
@@ -604,13 +606,29 @@ def test_a_long_folder_is_gone_on_with(test_run, rain100):
     assert result.out.count("was there") == 13 and read_csv(output / "metrics.csv")[-1]["seconds"] == ""
 
 
-def test_a_result_of_another_image_is_not_measured(test_run, few):
-    output, _ = test_run(few)
-    test_run(save(few.parent / "other/rain-2.png", photo(1, 9, 9)))  # into the same folder
-    output, result = test_run(few, "--overwrite", False, status=1)
-    assert "rain-2.png" in result.err and "remove it" in result.out
-    output, _ = test_run(few)
-    assert read_image(output / "rain-2.png").shape == (16, 20, 3)
+@pytest.mark.parametrize("flags", [
+    ["--recurrent_iter", 1], ["--precision", "bf16"], ["--self_ensemble"], ["--metadata", False], ["--quality", 60],
+    ["--save_path", BUNDLED / "light.pth"], "another picture", "an earlier version",
+], ids=str)
+def test_a_result_of_other_options_is_not_gone_on_with(test_run, few, tmp_path, flags):
+    """It is derained again, and what is of these is kept."""
+    flags, case = ([], flags) if isinstance(flags, str) else (flags, None)
+    arguments = ("--format", "jpg", *flags)
+    test_run(few, "--output_path", tmp_path / "expected", *arguments)
+    output, _ = test_run(few, "--format", "jpg")
+    if case == "another picture":  # into the same folder
+        test_run(save(tmp_path / "other/rain-2.png", photo(1, 9, 9)), "--format", "jpg")
+    elif case:
+        write_image(output / "rain-2.jpg", read_image(output / "rain-3.jpg"), Metadata(software=MARK))
+    _, result = test_run(few, "--overwrite", False, *arguments)
+    number = "1 result" if case else "3 results"
+    assert f"--overwrite False: derained again {number} of other pictures, weights, options or versions" in result.out
+    assert result.out.count("was there") == (2 if case else 0)
+    results = [{name: data for name, data in contents(folder).items() if name.endswith("jpg")}
+               for folder in (output, tmp_path / "expected")]
+    assert results[0] == results[1] and len(results[0]) == 3
+    _, result = test_run(few, "--overwrite", False, *arguments)
+    assert result.out.count("was there") == 4 and "derained again" not in result.out
 
 
 # Nothing of other people is overwritten
@@ -675,7 +693,7 @@ def test_results_of_an_earlier_run_are_replaced(test_run, few, form):
     output, _ = test_run(few, "--comparison", "--format", form)
     (output / "metrics.csv").unlink()
     for path in output.rglob("*.*"):
-        assert read_metadata(path).software == MARK
+        assert read_metadata(path).software.startswith(MARK)
     before = contents(output)
     output, result = test_run(few, "--comparison", "--format", form)
     assert {name: data for name, data in contents(output).items() if name != "metrics.csv"} == before
@@ -685,22 +703,61 @@ def test_results_of_an_earlier_run_are_replaced(test_run, few, form):
     assert result.out.count("was there") == 4
 
 
-def test_results_without_a_mark_are_known_by_the_report(test_run, refused, checkpoint, few):
-    """Such are those of earlier versions, which named their rows and results as today's do."""
-    output, _ = test_run(few, "--comparison")
-    for path in output.rglob("*.*"):
-        if path.suffix != ".csv":
-            save(path, read_image(path))
-            assert read_metadata(path).software is None
-    test_run(few, "--comparison", "--overwrite", False)
-    test_run(few, "--comparison")
-    save(output / "rain-2.png", photo(1, 12, 12))
-    lines = (output / "metrics.csv").read_text().splitlines()
-    (output / "metrics.csv").write_text("\n".join(line for line in lines if not line.startswith("rain-2.png")))
-    arguments = ("--save_path", checkpoint, "--test_data_path", few, "--output_path", output)
-    refused("test", *arguments, names=[output, "rain-2.png would be overwritten"])
-    (output / "rain-2.png").unlink()
-    test_run(few)
+def test_a_row_in_the_report_makes_no_picture_ours(test_run, refused, checkpoint, tmp_path):
+    """A picture of the user beside the input, whose result went to another format in the run before."""
+    save(tmp_path / "p/a.jpg", photo(1, 12, 12))
+    save(tmp_path / "p/a.png", photo(2, 12, 12))
+    save(tmp_path / "p/comparison/a.jpg", photo(3, 12, 12))
+    test_run(tmp_path / "p/a.jpg", "--output_path", tmp_path / "p", "--format", "webp")
+    before = contents(tmp_path / "p")
+    assert b"a.jpg" in before["metrics.csv"]
+    arguments = ("--save_path", checkpoint, "--test_data_path", tmp_path / "p/a.jpg", "--output_path", tmp_path / "p")
+    refused("test", *arguments, names=["a.png would be overwritten"])
+    refused("test", *arguments, "--format", "webp", "--comparison", names=["comparison/a.jpg would be overwritten"])
+    assert contents(tmp_path / "p") == before
+
+
+@pytest.mark.parametrize("rainy, clean", [("q/rain", "q/norain"), ("q/in", "q"), ("q", "q/target")])
+def test_results_are_no_clean_images(test_run, refused, checkpoint, few, tmp_path, rainy, clean):
+    """Where their folder looks like that of the clean images; --clean_path asks for them all the same."""
+    for number in (1, 2, 3):
+        save(tmp_path / rainy / f"{number}.jpg", read_image(few / f"rain-{number}.png"))
+    for _ in range(2):
+        test_run(tmp_path / rainy, "--output_path", tmp_path / clean)
+    output, result = test_run(tmp_path / rainy)
+    assert result.out.count("are results of an earlier run and no clean images") == 1 and " dB " not in result.out
+    assert "all 3 are derained but not measured" in result.out and not read_csv(output / "metrics.csv")[0]["psnr_y"]
+    measured = ("--test_data_path", tmp_path / rainy, "--results_path", output, "--output_path", tmp_path / "measured")
+    refused("test", *measured, names=["--clean_path"])
+    _, result = test_run(tmp_path / rainy, "--clean_path", tmp_path / clean)
+    assert len(lines_with_metrics(result)) == 4
+    save(tmp_path / clean / "2.png", read_image(few / "norain-2.png"))
+    (tmp_path / clean / "2.jpg").unlink(missing_ok=clean != rainy)
+    _, result = test_run(tmp_path / rainy)
+    assert len(lines_with_metrics(result)) == 2 and "derained but not measured: 1.jpg, 3.jpg" in result.out
+
+
+def test_clean_images_are_found_beside_results(test_run, few, tmp_path):
+    """Where the folder of the results has a name that is looked for earlier."""
+    for number in (1, 2, 3):
+        for name, place in (("rain", "rain"), ("norain", "gt")):
+            save(tmp_path / f"q/{place}/{number}.png", read_image(few / f"{name}-{number}.png"))
+    test_run(tmp_path / "q/rain", "--output_path", tmp_path / "q/norain")
+    test_run(tmp_path / "q/rain", "--output_path", tmp_path / "q/target")
+    expected = metrics_of(tmp_path / "q/target")
+    for named in ("q/rain", "q"):
+        output, result = test_run(tmp_path / named)
+        assert metrics_of(output) == expected and result.out.count("and no clean images") == 2
+    shutil.rmtree(tmp_path / "q/gt")
+    assert all(expected["1"]) and "all 3 are derained but not measured" in test_run(tmp_path / "q/rain")[1].out
+
+
+def test_results_are_no_clean_images_of_halves(test_run, pairs_dir, tmp_path):
+    """Nor do they make two files of each pair."""
+    side_by_side(pairs_dir, tmp_path / "q/input", "left")
+    for _ in range(2):
+        _, result = test_run(tmp_path / "q/input", "--side_by_side", "left", "--output_path", tmp_path / "q/gt")
+        assert len(lines_with_metrics(result)) == 4
 
 
 def test_results_beside_their_inputs_are_no_inputs(test_run, tmp_path):
@@ -756,7 +813,7 @@ def test_a_result_says_what_its_photograph_says(test_run, tmp_path, form, name):
     assert image_size(output / name) == (30, 20), "turned, and not to be turned again"
     output, _ = test_run(tmp_path / "in", "--format", form, "--metadata", False)
     metadata = read_metadata(output / name)
-    assert metadata.profile is None and metadata.exif.keys() <= {305} and metadata.software == MARK
+    assert metadata.profile is None and metadata.exif.keys() <= {305} and metadata.software.startswith(MARK)
 
 
 def seen(path):
@@ -893,6 +950,19 @@ def test_a_glob_may_have_caught_other_files(test_run, refused, checkpoint, tmp_p
     save(tmp_path / "in/a.png", photo(1, 12, 12))
     _, result = test_run([*sorted((tmp_path / "in").iterdir()), tmp_path / "in/a.png"])
     assert "1 image in" in result.out and "not processed: more.txt, notes.txt" in result.out.splitlines()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_and_a_file_in_it(test_run, few, tmp_path, first):
+    """The file is taken once, with its clean image, and in the place of the folder; so are files that are neither."""
+    (few / "notes.txt").write_text("about")
+    files = [few / "rain-2.png", few / "notes.txt"]
+    output, result = test_run([few, *files] if first else [*files, few])
+    assert len(lines_with_metrics(result)) == 4 and "not processed: few/notes.txt\n" in result.out
+    (few / "again").symlink_to(few)
+    save(few / "below/rain-2.png", photo(2, 12, 12))
+    output, result = test_run([few / "below", few, few / "again"], "--recursive", "--output_path", tmp_path / "other")
+    assert "7 images in" in result.out
 
 
 def test_a_path_that_is_missing_among_several_is_named(refused, checkpoint, few, tmp_path):

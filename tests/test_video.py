@@ -22,6 +22,7 @@ from av.video.reformatter import Interpolation
 from conftest import ROOT, THOROUGH, contents, photo, run_subprocess, save
 from rain import add_rain, streak_layer
 from utils import InputError, RunError
+import video
 from video import Flicker, VideoOptions, derain_video
 from video_form import read_planes, write_planes
 
@@ -850,6 +851,18 @@ def test_two_at_once_are_refused(kept, tmp_path):
     assert len(frames_of(folder / "clip.mp4")) == 12 and set(contents(folder)) == {"clip.mp4"}
 
 
+def test_a_source_beside_its_result_is_an_input_again(derain_clip, tmp_path):
+    """Source and result share the table, and only the result carries the mark."""
+    for name in ("IMG_1.mov", "IMG_2.mkv"):
+        make_clip(tmp_path / "in" / name, pictures(3))
+    before = contents(tmp_path / "in")
+    for again in (False, True):
+        _, result = derain_clip(tmp_path / "in", "--output_path", tmp_path / "in", "--recurrent_iter", 1)
+        assert result.out.count("3 frames") == 2
+        assert not again or "(results of an earlier run): IMG_1.mp4, IMG_2.mp4\n" in result.out
+        assert contents(tmp_path / "in").items() >= before.items()
+
+
 # Stopping and going on
 
 
@@ -933,6 +946,31 @@ def test_killed_at_any_moment(tmp_path, capsys):
         (folder / "clip.mp4").unlink()
         left = False
     figure(capsys, f"videos: {kills} kills, each left a playable file or none, and {THOROUGH} videos were completed")
+
+
+@pytest.mark.parametrize("count, error", [(0, None), (3, None), (3, RunError("no room for a feature map"))])
+def test_a_finished_video_is_not_replaced_by_the_first_frames(
+    derain_clip, kept, checkpoint, tmp_path, monkeypatch, count, error
+):
+    """The same command once more by mistake, and Ctrl-C; or a network that fails."""
+    source, frames = make_clip(tmp_path / "in/clip.mp4"), itertools.count()
+    output, _ = kept(source)
+    (output.parent / "clip.csv").write_text(",".join(video.COLUMNS))
+    before = contents(output.parent)
+
+    def derain(runner, frame, device):
+        if next(frames) == count:
+            if error:
+                raise error
+            os.kill(os.getpid(), signal.SIGINT)
+        return frame, frame
+
+    monkeypatch.setattr("test.derain", derain)
+    _, result = derain_clip(source, status=1 if error else 130)
+    assert error or f"stopped after frame {count}; the finished video that was there is kept\n" in result.out
+    assert contents(output.parent) == before
+    derain_clip(source, "--frames", "1:5")
+    assert len(frames_of(output)) == 5, "another finished one replaces it"
 
 
 def test_stopped_before_the_first_frame_leaves_nothing(tmp_path):
