@@ -8,7 +8,9 @@ a text file of its name, with a line "class x y width height" an object, centre 
 """
 import json
 import math
+import re
 from collections import Counter, defaultdict
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from pairs import pair_size, result_stems
 from utils import InputError, natural_key, printable
 
 CLASS_FILE = "classes.txt"  # of YOLO: a name a line
+NAME = r"""'[^']*'|"[^"\\]*"|\w[^'"#\[\]{},:]*"""  # of a class in a YAML file, in quotes or plain
 
 
 class Labels(NamedTuple):
@@ -80,7 +83,7 @@ def read_labels(path, pairs, classes, file_classes):
         path: a COCO file or a folder of YOLO's text files.
         pairs: a list of ``Pair``.
         classes: the names of the detector's classes, by number. Labels are matched to them by name.
-        file_classes: the names of the classes of YOLO's files that have no ``CLASS_FILE`` beside them.
+        file_classes: the names of the classes of YOLO's files where no file names them (``find_classes``).
 
     Returns:
         (a list with ``Labels`` for each pair, or None where a COCO file has no such image; {name: number of boxes} of
@@ -144,9 +147,9 @@ def read_coco(path, pairs, numbers):
 
 def read_yolo(folder, pairs, numbers, file_classes):
     """``read_labels`` from a folder of text files."""
-    named = next((place / CLASS_FILE for place in (folder, folder.parent) if (place / CLASS_FILE).is_file()), None)
-    if named:
-        file_classes = named.read_text(encoding="utf-8", errors="replace").split("\n")
+    named, found = find_classes(folder)
+    file_classes = found if named else file_classes
+    print(f"classes: {printable(named) if named else f'the {len(file_classes)} of COCO, as there is no {CLASS_FILE}'}")
     files = {path.stem.lower(): path for path in sorted(folder.glob("*.txt"), key=natural_key)}
     labels, unknown = [], Counter()
     for pair, stems in zip(pairs, stems_of(pairs)):
@@ -164,6 +167,53 @@ def read_yolo(folder, pairs, numbers, file_classes):
                 unknown[name] += 1
         labels.append(Labels(as_boxes(rows), as_boxes([])))
     return labels, unknown
+
+
+def find_classes(folder):
+    """Find the names of the classes of YOLO's text files, in their folder or up to two above it.
+
+    Returns:
+        (path, names): of ``CLASS_FILE``, or else of a YAML file with "names", as Ultralytics and Roboflow write it;
+        (None, None) where there is neither.
+
+    Raises:
+        InputError: the names in a YAML file cannot be read, or two files beside one another name different ones.
+    """
+    places = (folder, *list(folder.absolute().parents)[:2])
+    for path in (place / CLASS_FILE for place in places):
+        if path.is_file():
+            return path, path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for place in places:
+        files = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
+        texts = {path: path.read_text(encoding="utf-8-sig", errors="replace") for path in files if path.is_file()}
+        found = {path: read_names(text) for path, text in texts.items() if re.search("^names *:", text, re.MULTILINE)}
+        if found:
+            (path, names), *others = found.items()
+            if names is None or any(other != names for _, other in others):
+                paths = ", ".join(printable(path) for path in found)
+                reason = "names its classes in another form than is read" if len(found) == 1 else "name other classes"
+                raise InputError(f"{paths}: {reason}; expected also {printable(place / CLASS_FILE)} with a name a line")
+            return path, names
+    return None, None
+
+
+def read_names(text):
+    """The names of the classes in a YAML file: a list in brackets, or a block with a line "- name" or "0: name" each.
+
+    This is no reader of YAML, as PyYAML is not needed for these: anything else gives None.
+    """
+    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in text.splitlines()]
+    start = next(number for number, line in enumerate(lines) if re.match("names *:", line))
+    block = [line.strip() for line in takewhile(re.compile(r"[\s-]|$").match, lines[start + 1 :]) if line]
+    first = lines[start].partition(":")[2].strip()
+    if first:
+        whole = " ".join([first, *block])
+        names = re.findall(NAME, whole) if re.fullmatch(rf"\[( *({NAME}) *,)* *({NAME}) *,? *\]", whole) else []
+    else:
+        rows = [re.fullmatch(rf"(-|\d+ *:) +({NAME})", row) for row in block]
+        keys = [row and row[1].rstrip(" :") for row in rows]
+        names = [row[2] for row in rows] if keys in (["-"] * len(rows), [*map(str, range(len(rows)))]) else []
+    return [name.strip("'\" ") for name in names] or None
 
 
 def read_boxes(path):

@@ -21,11 +21,25 @@ def file_of(name, version="IMAGENET1K_V1"):
     return url, url.rsplit("/", 1)[1]
 
 
+def may_be(path, name):
+    """Whether a file may hold a network's weights, of which it is only known that its name begins with the network's.
+
+    It may not if torchvision publishes it, so of another version or quantised, or if the name is that of a longer
+    one: vgg16_bn.pth is not for vgg16.
+    """
+    from torchvision.models import get_model_weights, list_models
+
+    names = list_models()
+    published = {weights.url.rsplit("/", 1)[1] for known in names for weights in get_model_weights(known)}
+    longest = max((known for known in names if path.name.startswith(known)), key=len)
+    return path.name not in published and longest == name
+
+
 def find_backbone(name, backbone_dir, version="IMAGENET1K_V1"):
     """Find the weights file of a network of torchvision.
 
-    Looks in ``backbone_dir`` for torchvision's file name, then for any file that begins with the network's name,
-    then in torchvision's cache. The file is downloaded only if ``backbone_dir`` is None.
+    Looks for torchvision's file name, in ``backbone_dir`` and in torchvision's cache, and then in ``backbone_dir`` for
+    any file that ``may_be`` of the network. The file is downloaded only if ``backbone_dir`` is None.
 
     Args:
         name: of the network, as in ``torchvision.models``.
@@ -40,10 +54,13 @@ def find_backbone(name, backbone_dir, version="IMAGENET1K_V1"):
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file_name
     if backbone_dir:
         folder = Path(backbone_dir)
-        candidates = [folder / file_name, *sorted(folder.glob(f"{name}*.pth")), cached]
-        path = next((path for path in candidates if path.is_file()), None)
+        others = sorted(path for path in folder.glob(f"{name}*.pth") if may_be(path, name))
+        path = next((path for path in (folder / file_name, cached, *others) if path.is_file()), None)
         part = "without its classifier " if version == "IMAGENET1K_V1" else ""
-        return path, f"expected {file_name} from {url}, or {part}as {name}*.pth, in --backbone_dir {folder}"
+        return path, (
+            f"expected {file_name} from {url}, or {part}as {name}*.pth, not torchvision's of another version, in"
+            f" --backbone_dir {folder}"
+        )
     try:
         if not cached.exists():
             with locked(cached.with_suffix(".lock")):  # of the processes of a machine, one downloads

@@ -8,6 +8,7 @@ turns, so that both feel it when a machine is busy.
 """
 import argparse
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import platform
@@ -20,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
-from devices import HALF_PRECISIONS, PeakMemory, fast_bfloat16, loader_processes, pick_device
+from devices import HALF_PRECISIONS, PeakMemory, can_compile, fast_bfloat16, loader_processes, pick_device
 from engines import CORES, check_packages, compare_engines
 from inference import FullFloat32, StripRunner
 from losses import DerainLoss
@@ -92,15 +93,22 @@ def load_baseline(text):
     if not Path(file).is_file():
         raise InputError(f"--baseline {file}: no such file; expected a Python module")
     spec = importlib.util.spec_from_file_location("baseline", file)
+    if spec is None:
+        raise InputError(f"--baseline {file}: expected a Python module, whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     names = [name] if name else [
         key for key, value in vars(module).items()
         if key.endswith("Net") and isinstance(value, type) and value.__module__ == "baseline"
     ]
-    if len(names) != 1 or not isinstance(getattr(module, names[0], None), type):
+    network = getattr(module, names[0], None) if len(names) == 1 else None
+    if not isinstance(network, type) or not issubclass(network, torch.nn.Module):
         raise InputError(f"--baseline {text}: expected FILE:CLASS, a network class of that module")
-    return getattr(module, names[0])()
+    try:
+        inspect.signature(network).bind()
+    except TypeError as error:
+        raise InputError(f"--baseline {text}: {error}; expected a class that is built without arguments") from None
+    return network()
 
 
 def final(output):
@@ -265,10 +273,14 @@ def bench_training(args, device):
         return training_step(SAPNet().to(device, memory_format=torch.channels_last), criterion, device, *options)
 
     amp = "bf16" if fast_bfloat16(device) else None
-    steps = {"pixel loss": fast_step(pixel, amp, "default"), "all losses": fast_step(every, amp, "default")}
+    modes = (None, "default", "reduce-overhead") if can_compile(device) else (None,)
+    fastest = (amp, "default" if "default" in modes else None)
+    if fastest[1] is None:
+        print("training without torch.compile, which needs a C++ compiler, and a CPU or a CUDA card from Volta on")
+    steps = {"pixel loss": fast_step(pixel, *fastest), "all losses": fast_step(every, *fastest)}
     if device.type == "cuda":
         for half in (None, *HALF_PRECISIONS):
-            for mode in (None, "default", "reduce-overhead"):
+            for mode in modes:
                 words = half or "fp32", {None: "eager", "default": "compiled"}.get(mode, "compiled with CUDA graphs")
                 steps["pixel loss, " + ", ".join(words)] = fast_step(pixel, half, mode)
     if args.baseline:

@@ -14,6 +14,7 @@ import pickle
 import re
 import reprlib
 import stat
+import threading
 import warnings
 import zipfile
 from pathlib import Path
@@ -214,6 +215,7 @@ IGNORED = (  # what training code leaves beside the weights, by the names in the
     "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr",
 )
 STAND_INS = [(Ignored, name) for name in IGNORED] + [(Dictionary, "collections.defaultdict")]
+UNPICKLING = threading.Lock()  # while the stand-ins are allowed and warnings ignored, in the whole process
 
 
 def load_checkpoint(path):
@@ -237,9 +239,10 @@ def read_file(path):
         return read_safetensors(path)
     try:
         # The open file and not its path, of which torch.load would look at the suffix.
-        with open(path, "rb") as file, torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's guesses about damaged files; the error says enough
-            return torch.load(file, map_location="cpu", weights_only=True), {}
+        with open(path, "rb") as file, UNPICKLING, torch.serialization.safe_globals(STAND_INS):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's guesses about damaged files; the error says enough
+                return torch.load(file, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]{1,100}) (was|whose)", str(error))
         found = f"it holds {code[1]}, which is code" if code else "it is damaged or holds something else"
@@ -445,7 +448,7 @@ def network_options(net):
 
 
 def load_network(path, recurrent_iter=None, use_dilation=None):
-    """Rebuild a network from its checkpoint, in evaluation mode on the CPU.
+    """Rebuild a network from its checkpoint, in evaluation mode on the CPU, in float32 whatever PyTorch's default is.
 
     Args:
         path: a checkpoint, or the folder of a training run (``find_checkpoint``).
@@ -462,7 +465,7 @@ def load_network(path, recurrent_iter=None, use_dilation=None):
     given = {"recurrent_iter": recurrent_iter, "use_dilation": use_dilation}
     options |= {name: value for name, value in given.items() if value is not None}
     try:
-        return SAPNet.from_state_dict(weights, **options).eval()
+        return SAPNet.from_state_dict(weights, **options).float().eval()
     except ValueError as error:
         raise InputError(f"{path}: {error}, found {listing(weights, 'tensor')}") from None
 

@@ -169,8 +169,8 @@ class Desk:
 
     def check_size(self, path, width, height):
         """Refuse a picture, or a video with frames, of more than --max_megapixels."""
-        limit = round(1e6 * self.args.max_megapixels)
-        if width * height > limit:
+        if width * height / 1e6 > self.args.max_megapixels:  # which may be infinite
+            limit = round(1e6 * self.args.max_megapixels)
             raise InputError(f"{path}: {width}x{height}, {width * height:,} pixels; expected at most {limit:,} here")
 
     def check_length(self, path, count):

@@ -189,10 +189,14 @@ def input_size(path, session, metadata):
     inputs = session.get_inputs()
     shape = list(inputs[0].shape)
     if len(shape) == 4 and not all(isinstance(side, int) for side in shape[2:]) and "imgsz" in metadata:
-        shape[2:] = ast.literal_eval(metadata["imgsz"])
+        try:
+            shape[2:] = ast.literal_eval(metadata["imgsz"])
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pass  # damaged: the sides stay free, which is refused below
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     fits = len(inputs) == 1 and len(shape) == 4 and shape[1] == 3 and inputs[0].type in kinds
-    if not fits or not all(isinstance(side, int) for side in shape[2:]):
+    several = fits and isinstance(shape[0], int) and shape[0] != 1  # images at once; their number may be left free
+    if not fits or several or not all(isinstance(side, int) and side > 0 for side in shape[2:]):
         raise InputError(
             f"--detector {path}: its input is {' and '.join(f'{entry.shape}' for entry in inputs)}; expected one of 1 x"
             " 3 x height x width, float, with fixed height and width"

@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import distributed
@@ -25,6 +25,11 @@ from utils import InputError, RunError, boolean, counted
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = 7, 0  # the first compute capability that has them, and that torch.compile can write kernels for
+FULL = (  # what errors of a GPU whose memory is full say
+    "out of memory", "STATUS_ALLOC_FAILED",  # cuDNN and cuBLAS
+    "Invalid buffer size",  # Apple's, of a tensor that is larger than one may be
+)
+PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # where Linux tells of memory
 PATIENCE = timedelta(hours=2)  # of processes for one another: one may be packing, downloading or validating
 
 
@@ -58,7 +63,7 @@ def pick_device(name, own_process=True):
         if device.type == "meta":
             raise RuntimeError
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # an assertion where PyTorch was built without CUDA
+    except (RuntimeError, AssertionError, ImportError):  # the last two where PyTorch was built without the device
         found = [f"cuda:{card}" for card in range(torch.cuda.device_count())]
         found += ["mps"] if torch.backends.mps.is_available() else []
         needed = f", and one for each of {processes} processes" if chosen != name and processes > 1 else ""
@@ -89,6 +94,12 @@ def fast_precision(device):
     return "fp16" if fast_float16(device) else "bf16" if fast_bfloat16(device) else "fp32"
 
 
+def can_compile(device):
+    """Whether torch.compile works: it needs a C++ compiler, and a CPU or a CUDA card that is not too old."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and device.type != "mps" and not old
+
+
 def choose_speed(args, device, steps):
     """Resolve the speed options that were left to the program; ``steps`` are those of the whole run.
 
@@ -99,9 +110,7 @@ def choose_speed(args, device, steps):
         args.amp = half or bool(args.amp) and "bf16"
     if args.compile is None:
         # The warm-up takes about a minute, which short runs never earn back.
-        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
-        args.compile = steps >= 1000 and compiler is not None and device.type != "mps" and not old
+        args.compile = steps >= 1000 and can_compile(device)
     # The patches of a run have one size, for which cuDNN's fastest kernels are found in the first step.
     torch.backends.cudnn.benchmark = device.type == "cuda"
     print(
@@ -136,16 +145,49 @@ def threads_beside(device):
 def free_memory(device=torch.device("cpu")):
     """Bytes that a program can take: of a CUDA device, or of the main memory without swapping.
 
-    Infinite where the system does not say.
+    The main memory is what the machine has free and the limits of a container or a batch job allow. It is infinite
+    where the system does not say, as on macOS and Windows: there the scripts have no limit by default.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (PROC / "meminfo").read_text().splitlines()
     except OSError:
         return float("inf")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min(machine, control_group_room())
+
+
+def control_group_room():
+    """Bytes that Linux still lets this process's control group and those around it take; infinite without a limit.
+
+    A container and a job of a batch system such as Slurm are such groups. A process that takes more is killed. Both
+    versions of their files are read. Within a container, the group's path may be that outside it: then only the
+    container's own limit is there to be read.
+    """
+    rooms = [float("inf")]
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return rooms[0]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, limit, usage = CONTROL_GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif not controllers:
+            root, limit, usage = CONTROL_GROUPS, "memory.max", "memory.current"
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (root / place for place in (group, *group.parents)):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                room = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                counts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                # Copies of files, which the system drops when memory is short.
+                cache = int(counts.get("total_inactive_file") or counts.get("inactive_file", 0))
+                rooms.append(max(0, room + cache))
+    return min(rooms)
 
 
 class PeakMemory:
@@ -389,8 +431,8 @@ def as_one_run(rank, ranks, advice=""):
 
 
 def out_of_memory(error):
-    """Whether an exception says that a GPU's memory is full; that of Apple's GPUs has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    """Whether an exception says that a GPU's memory is full; many have no type of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL)
 
 
 def leave_signals_to_parent(worker=None):

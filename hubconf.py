@@ -35,7 +35,7 @@ _PACKAGE = f"_sapnet_{zlib.crc32(os.fsencode(_ROOT)):08x}"  # another folder wit
 _PROCESS = vars(sys.modules.setdefault(_PACKAGE, types.ModuleType(_PACKAGE)))
 _IMPORTING = _PROCESS.setdefault("importing", threading.RLock())
 _DERAINING = _PROCESS.setdefault("deraining", threading.Lock())
-_FILES = _PROCESS.setdefault("files", threading.Lock())  # of pictures, being read or written
+_FILES = _PROCESS.setdefault("files", threading.Lock())  # being read or written: warnings are the whole process's
 
 
 # Imports apart from those of the caller
@@ -120,7 +120,7 @@ def sapnet(weights="general", recurrent_iter=None, use_dilation=None):
         raise ValueError(f"recurrent_iter: expected an integer from 1 on, found {recurrent_iter!r}")
     _check_choice("use_dilation", use_dilation, (None, True, False))
     path = _find_weights(weights)
-    with _usual_errors():
+    with _usual_errors(), _FILES:
         return _module("checkpoints").load_network(path, recurrent_iter, use_dilation)
 
 
@@ -154,7 +154,7 @@ def derain(
             number is the current one of the process, which stays the current one.
         self_ensemble: average over the picture, its mirror image, and both upside down, which takes four times as long.
         max_memory: GiB. On the CPU, a picture that needs more (0.6 GiB a megapixel in fp32) works on the disk, with
-            the same result. None takes 3/4 of what is free when a picture comes.
+            the same result. None takes 3/4 of what is free when a picture comes, and has no limit on macOS and Windows.
 
     Returns:
         A function of a picture, described by its docstring: ``help(torch.hub.load(...))`` shows it.

@@ -210,6 +210,11 @@ class FullFloat32(ContextDecorator):
                     setting.fp32_precision = precision
 
 
+def exact_types(device):
+    """A context in which layers compute in the types of their tensors, also within a program's ``torch.autocast``."""
+    return torch.autocast(device.type, enabled=False)
+
+
 # The network
 
 
@@ -300,16 +305,8 @@ class StripRunner:
         self.whole = net if dtype == torch.float32 else half_network(net, dtype)
         self.host = None  # a runner on the CPU, once an image needs it
         self.conv_dtype = torch.float32 if on_cpu and dtype == torch.float16 else dtype
-        self.branches = []
-        for k in range(1, len(DILATIONS) + 1):
-            branch = getattr(net, f"res_conv{k}")
-            step = len(branch) // 2
-            self.branches.append(
-                [
-                    GatedConv(branch[start], branch[start + 1] if step == 3 else None, net.dilations[k - 1])
-                    for start in (0, step)
-                ]
-            )
+        with exact_types(net.conv[0].weight.device):
+            self.branches = [self.gated_convs(k) for k in range(1, len(DILATIONS) + 1)]
         # Four convolutions of 32 channels and not one of 128 as in SAPNet: each result is contiguous, which halves the
         # time of the sigmoids.
         self.gates = {gate: self.cast(getattr(net, f"conv_{gate}")[0]) for gate in GATES}
@@ -317,6 +314,14 @@ class StripRunner:
         self.gates["g"] = tuple(2 * parameter for parameter in self.gates["g"])
         self.conv0 = net.conv0[0].weight, net.conv0[0].bias
         self.conv = net.conv[0].weight, net.conv[0].bias
+
+    def gated_convs(self, k):
+        """The two ``GatedConv`` of the residual block of number ``k``, from 1 on."""
+        branch, dilation = getattr(self.net, f"res_conv{k}"), self.net.dilations[k - 1]
+        step = len(branch) // 2
+        return [
+            GatedConv(branch[start], branch[start + 1] if step == 3 else None, dilation) for start in (0, step)
+        ]
 
     def cast(self, conv):
         """(weight, bias) of a convolution in the precision of the convolutions."""
@@ -353,6 +358,11 @@ class StripRunner:
         if rainy.device.type == "cpu" and (-math.inf < rainy.amin() < -1 or 2 < rainy.amax() < math.inf):
             found = f"{rainy.amin():g} to {rainy.amax():g}"
             raise ValueError(f"StripRunner expects RGB images with values in [0, 1], got {found}")
+        with exact_types(rainy.device):
+            return self.run_images(rainy)
+
+    def run_images(self, rainy):
+        """Run images of one size: whole where that is faster, otherwise one by one in strips."""
         if runs_whole(rainy):
             try:
                 return self.run_whole(rainy)

@@ -73,7 +73,7 @@ class SAPNetArchitecture(spandrel.Architecture):
             ValueError: some names or shapes are of another network.
         """
         weights = module("checkpoints").unwrap(state_dict)
-        return self.describe(module("networks").SAPNet.from_state_dict(weights).eval())
+        return self.describe(module("networks").SAPNet.from_state_dict(weights).float().eval())
 
     def describe(self, net):
         """The ``ImageModelDescriptor`` of a ``SAPNet``."""

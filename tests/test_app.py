@@ -121,6 +121,14 @@ def desk(checkpoint, tmp_path):
     return make
 
 
+def test_the_largest_picture_may_be_of_any_size(desk):
+    desk("--max_megapixels", "inf").check_size("a.png", 10**6, 10**6)
+    limited = desk("--max_megapixels", "12.3")
+    limited.check_size("a.png", 12_300_000, 1)
+    with pytest.raises(utils.InputError, match=r"a\.png: 12300001x1, .* at most 12,300,000 here"):
+        limited.check_size("a.png", 12_300_001, 1)
+
+
 def chosen(desk):
     return Choice(desk.default, "fp32", False)
 

@@ -83,9 +83,35 @@ def test_training_phases(baseline):
     assert "second forward" in bench.training_step(plain, DerainLoss(weights={}), device, second_forward=True)()
 
 
-@pytest.mark.parametrize("argument", ["missing.py", "{file}:Absent", "{file}:torch"])
+def test_training_is_timed_without_a_compiler(monkeypatch, run, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(bench, "SAPNet", lambda: SAPNet(recurrent_iter=1))
+    for name, value in (("BATCH", 1), ("PATCH", 64), ("WARM_UP_STEPS", 0)):
+        monkeypatch.setattr(bench, name, value)
+    result = run("bench", "--sizes", "--steps", 1, "--device", "cpu", "--json", tmp_path / "bench.json")
+    assert result.status == 0 and "training without torch.compile" in result.out, result
+    names = [row["what"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]]
+    assert names == ["training step, pixel loss", "training step, all losses"]
+
+
+UNFIT = """
+class Sized(PlainNet):
+    def __init__(self, size):
+        super().__init__()
+
+class Plain:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "argument", ["missing.py", "{file}:Absent", "{file}:torch", "{file}:Sized", "{file}:Plain", "{text}"]
+)
 def test_bad_baselines(refused, baseline, argument):
-    refused("bench", "--baseline", argument.format(file=baseline), "--sizes", "8x8", names=["--baseline"])
+    text = baseline.with_suffix(".txt")
+    text.write_text(BASELINE)
+    baseline.write_text(BASELINE + UNFIT)
+    refused("bench", "--baseline", argument.format(file=baseline, text=text), "--sizes", "8x8", names=["--baseline"])
 
 
 def test_bad_size(refused):

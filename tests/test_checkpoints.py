@@ -11,9 +11,13 @@ import pickle
 import resource
 import shutil
 import sys
+import threading
+import time
 import types
+import warnings
 import zipfile
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import permutations
 
 import h5py
@@ -283,6 +287,25 @@ def test_plain_objects_beside_the_weights(tmp_path):
     for old, new in ((b"numpy._core", b"numpy.core"), (b"cpathlib\n", b"cpathlib._local\n")):
         rewrite(path, tmp_path / "other.pth", lambda data: data.replace(old, new))
         assert_equal(load_weights(tmp_path / "other.pth"), small())
+
+
+def test_threads_read_at_the_same_time(tmp_path, monkeypatch):
+    """The first one is still reading when the second one has done so, were it not for a lock."""
+    path, both = tmp_path / "net.pth", threading.Barrier(2)
+    torch.save({"args": argparse.Namespace(lr=0.1), "model": small()}, path)
+    load, filters = torch.load, list(warnings.filters)
+
+    def slow_load(file, **options):
+        with suppress(threading.BrokenBarrierError):
+            if both.wait(0.2):
+                time.sleep(0.1)
+        return load(file, **options)
+
+    monkeypatch.setattr(torch, "load", slow_load)
+    with ThreadPoolExecutor(2) as pool:
+        for weights in pool.map(load_weights, [path] * 2):
+            assert_equal(weights, small())
+    assert warnings.filters == filters
 
 
 def test_lightning(tmp_path):

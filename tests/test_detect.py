@@ -192,7 +192,7 @@ def test_the_bootstrap_is_seeded_and_draws_whole_sets():
 SIDE = 64  # px of the pictures; the network's input is half of it
 
 
-def write_detector(path, output=None, size=(32, 32), metadata=()):
+def write_detector(path, output=None, size=(32, 32), metadata=(), batch=1):
     """An ONNX detector whose scores follow the brightness m of the image, as ``expected_boxes`` has them."""
     onnx = pytest.importorskip("onnx", reason="onnx is missing, which makes the ONNX files of these tests")
     from onnx import TensorProto, helper
@@ -217,7 +217,7 @@ def write_detector(path, output=None, size=(32, 32), metadata=()):
     tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
     shape = (1, 5, 6) if output is None else output.shape
     graph = helper.make_graph(
-        nodes, "detector", [helper.make_tensor_value_info("images", TensorProto.FLOAT, (1, 3, *size))],
+        nodes, "detector", [helper.make_tensor_value_info("images", TensorProto.FLOAT, (batch, 3, *size))],
         [helper.make_tensor_value_info("detections", TensorProto.FLOAT, shape)], tensors,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -421,6 +421,34 @@ def test_wrong_coco_files_are_named(change, named, refused, detect, data):
     assert result.status == 2 and str(path) in result.err and named in result.err and "Traceback" not in result.err
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: ['car', x, \"Person\", d, e, f, g, h,  # of our own\n  i, j, k, l, m, n, o, traffic light]\nval: v",
+        "names:\n  0: car\n  1: x\n  2: 'Person'\n" + "".join(f"  {k}: name {k}\n" for k in range(3, 16)) + "nc: 16\n",
+        "names:\n- car\n- x\n- Person\n" + "- other\n" * 13 + "train: t\n",
+    ],
+    ids=["in brackets", "numbered", "listed"],
+)
+def test_the_classes_of_a_yaml_file_count(text, detect, data):
+    folder = yolo(data / "own/labels/test")
+    (data / "own/data.yaml").write_text(text)
+    (data / "own/other.yml").write_text("lr: 0.1\n")
+    result = detect("--labels", folder)
+    assert result.status == 0 and "classes: " in result.out and "data.yaml" in result.out, result
+    assert read_table(data / "out/detection.csv")["clean", "all"]["ap_50"] == 0, "the two classes changed places"
+
+
+@pytest.mark.parametrize("text", ["names: {0: car}", "names: ['it''s']", "names:\n  1: car\n", "names: other.txt"])
+def test_classes_that_are_not_read_are_not_taken_for_those_of_coco(text, detect, data):
+    folder = yolo(data / "own")
+    (folder / "data.yaml").write_text(text)
+    result = detect("--labels", folder)
+    assert result.status == 2 and "data.yaml" in result.err and "expected also" in result.err, result
+    (folder / "data.yaml").unlink()
+    assert "classes: the 80 of COCO, as there is no classes.txt" in detect("--labels", folder).out
+
+
 @pytest.mark.parametrize("line", ["0 0.1 0.1 0.2", "person 0 0 1 1", "0 0 0 nan 1", "95 0 0 1 1", "0 10 20 30 40"])
 def test_wrong_text_files_are_named(line, detect, data):
     path = yolo(data / "own") / "norain-2.txt"
@@ -539,6 +567,16 @@ def test_wrong_onnx_files_are_explained(content, named, detect, data):
     result = detect()
     assert result.status == 2 and str(path) in result.err and named in result.err and "Traceback" not in result.err
     assert not (data / "out/detection.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "imgsz"),
+    [((32, 32), 2, ""), (("h", "w"), 1, "640"), (("h", "w"), 1, "[640, 6"), (("h", "w"), 1, "[64]")],
+)
+def test_an_input_that_no_picture_fits_is_refused(size, batch, imgsz, detect, data):
+    write_detector(data / "tiny.onnx", size=size, metadata={"imgsz": imgsz}.items(), batch=batch)
+    result = detect()
+    assert result.status == 2 and "expected one of 1 x 3 x height x width" in result.err, result
 
 
 def test_a_size_that_the_file_leaves_free_comes_from_its_metadata(detect, data):

@@ -68,13 +68,47 @@ def test_another_program_keeps_its_current_card(cards, monkeypatch):
     assert not chosen
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:99", "mps", "meta", "gpu", ""])
+@pytest.mark.parametrize("name", ["cuda", "cuda:99", "mps", "hpu", "privateuseone", "meta", "gpu", ""])
 def test_a_device_that_is_not_there_is_refused_in_a_short_sentence(name):
     if name == "cuda" and torch.cuda.is_available() or name == "mps" and torch.backends.mps.is_available():
         pytest.skip("it is there")
     with pytest.raises(InputError, match=r"^--device .*: expected auto or a device of this machine \(cpu") as caught:
         pick_device(name)
     assert len(str(caught.value)) < 120
+
+
+GIB = 2**30
+V2, V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+NO_LIMIT = 9223372036854771712  # as version 1 writes it
+
+
+@pytest.mark.parametrize(
+    ("group", "names", "files", "free"),
+    [
+        ("0::/", V2, {}, 64 * GIB),
+        ("0::/a/b", V2, {"a/b": (8 * GIB, 5 * GIB, "inactive_file", GIB), "a": ("max", GIB, "file", 0)}, 4 * GIB),
+        ("0::/a/b", V2, {"a/b": ("max", GIB, "file", 0), "a": (6 * GIB, 5 * GIB, "inactive_file", 0)}, GIB),
+        ("0::/job", V2, {"job": (2 * GIB, 3 * GIB, "file", GIB)}, 0),
+        ("0::/job", V2, {"job": (900 * GIB, 0, "file", 0)}, 64 * GIB),
+        ("4:cpu:/\n3:hugetlb,memory:/d\n0::/", V1, {"memory": (3 * GIB, GIB, "total_inactive_file", 9)}, 2 * GIB + 9),
+        ("3:memory:/x", V1, {"memory": (NO_LIMIT, 0, "file", 0), "memory/x": (4 * GIB, GIB, "file", 0)}, 3 * GIB),
+    ],
+)
+def test_free_memory_is_within_the_limits_of_a_container_or_a_job(monkeypatch, tmp_path, group, names, files, free):
+    monkeypatch.setattr(devices, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(devices, "CONTROL_GROUPS", tmp_path / "groups")
+    assert devices.free_memory() == float("inf"), "no Linux"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:  {64 * 2**20} kB\n")
+    assert devices.free_memory() == 64 * GIB, "no control groups"
+    (tmp_path / "proc/self/cgroup").write_text(f"{group}\n")
+    for folder, (*sizes, name, count) in files.items():
+        folder = tmp_path / "groups" / folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, size in zip(names, sizes):
+            (folder / file).write_text(f"{size}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{name} {count}\n")
+    assert devices.free_memory() == free
 
 
 @pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda:0"), (False, True, "mps"), (False, False, "cpu")])

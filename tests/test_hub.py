@@ -284,6 +284,30 @@ def test_the_card_that_is_named_is_taken_and_the_current_one_stays(monkeypatch, 
     assert taken == [torch.device("cuda", card)]
 
 
+@pytest.fixture
+def float64_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_type_of_the_program_does_not_count(rainy, derain, float64_default):
+    assert {value.dtype for value in hubconf.sapnet("light").state_dict().values()} == {torch.float32}
+    ours = hubconf.derain("light", recurrent_iter=1, device="cpu")
+    np.testing.assert_array_equal(ours(rainy), derain(rainy))
+
+
+def test_the_autocast_of_the_program_does_not_count(tmp_path, rainy):
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "net.pth", SAPNet(recurrent_iter=2, residual_conv="separable").state_dict())
+    options = {"weights": tmp_path / "net.pth", "recurrent_iter": 2, "device": "cpu"}
+    expected = hubconf.derain(**options)(rainy)
+    with torch.autocast("cpu", torch.bfloat16):
+        derain = hubconf.derain(**options)
+        np.testing.assert_array_equal(derain(rainy), expected)
+    np.testing.assert_array_equal(derain(rainy), expected)
+
+
 def test_threads_get_their_own_results(rainy, derain):
     pictures = [np.roll(rainy, shift, axis=1) for shift in range(4)]
     results = [None] * 4

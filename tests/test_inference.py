@@ -233,8 +233,14 @@ def test_what_is_no_batch_of_float_images_is_refused(image, found):
         StripRunner(network())(image)
 
 
-@pytest.mark.parametrize("room", [2**20, 2**16, 2**15, 100])
-def test_a_gpu_that_is_too_full_gets_smaller_strips_and_then_the_cpu(monkeypatch, room, capsys):
+FULL = [
+    torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("Invalid buffer size: 8.21 GB"),
+]
+
+
+@pytest.mark.parametrize(("room", "error"), [*zip([2**20, 100, 2**16, 2**15], FULL)])
+def test_a_gpu_that_is_too_full_gets_smaller_strips_and_then_the_cpu(monkeypatch, room, error, capsys):
     """The memory of a GPU, imitated: a convolution of more than ``room`` pixels does not fit."""
     net, image = network(recurrent_iter=2), torch.rand(1, 3, 300, 500)
     expected, convolve, tried = StripRunner(net)(image), F.conv2d, []
@@ -242,7 +248,7 @@ def test_a_gpu_that_is_too_full_gets_smaller_strips_and_then_the_cpu(monkeypatch
     def conv2d(rows, *args, **options):
         tried.append(rows.shape[2] * rows.shape[3])
         if tried[-1] > room:
-            raise torch.OutOfMemoryError
+            raise error
         return convolve(rows, *args, **options)
 
     runner = StripRunner(net)

@@ -530,6 +530,30 @@ def test_smallest_image(net):
         loss(*random_images(1, smallest - 1)[:2])
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "wrong"),
+    [
+        ("resnet101", "IMAGENET1K_V1", "resnet101-cd907fc2.pth"), ("vgg16", "IMAGENET1K_V1", "vgg16_bn.pth"),
+        ("fasterrcnn_resnet50_fpn", "DEFAULT", "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth"),
+        ("resnet50", "IMAGENET1K_V1", "resnet50_fbgemm_bf931d71.pth"),
+    ],
+)
+def test_the_file_of_another_version_is_not_taken(tmp_path, name, version, wrong):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / wrong).touch()
+    path, advice = find_backbone(name, folder, version)
+    assert path is None and "another version" in advice
+    (folder / f"{name}.pth").touch()
+    assert find_backbone(name, folder, version)[0] == folder / f"{name}.pth"
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / file_of(name, version)[1]
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    assert find_backbone(name, folder, version)[0] == cached, "of the published name"
+    (folder / cached.name).touch()
+    assert find_backbone(name, folder, version)[0] == folder / cached.name
+
+
 def test_every_seg_backbone_is_torchvisions():
     for name in SEG_BACKBONES:
         assert file_of(name)[1].startswith(name)

@@ -146,6 +146,14 @@ def test_half_precision_is_close(rainy, dtype):
 
 
 @pytest.mark.slow
+def test_the_default_type_of_the_program_does_not_count():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert load(BUNDLED / "light.pth").dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_in_comfyui_as_a_link_among_its_nodes(tmp_path):
     """What ComfyUI does with a file in custom_nodes, with a ``utils`` of its own; the node gives the whole result."""
     (tmp_path / "utils").mkdir()
