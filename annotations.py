@@ -213,7 +213,7 @@ def read_names(text):
         rows = [re.fullmatch(rf"(-|\d+ *:) +({NAME})", row) for row in block]
         keys = [row and row[1].rstrip(" :") for row in rows]
         names = [row[2] for row in rows] if keys in (["-"] * len(rows), [*map(str, range(len(rows)))]) else []
-    return [name.strip("'\" ") for name in names] or None
+    return [name[1:-1] if name[0] in "'\"" else name.strip() for name in names] or None
 
 
 def read_boxes(path):

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--max_memory", type=at_least(0, float), metavar="GIB",
         help="an image that needs more on the CPU, 0.6 GiB a megapixel in fp32, works on disk"
-        " (default: 3/4 of what is free)",
+        " (default: 3/4 of what is free; none on macOS and Windows)",
     )
     parser.add_argument(
         "--max_megapixels", type=at_least(0.001, float), default=25, metavar="N",

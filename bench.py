@@ -272,10 +272,10 @@ def bench_training(args, device):
     def fast_step(criterion, *options):
         return training_step(SAPNet().to(device, memory_format=torch.channels_last), criterion, device, *options)
 
-    amp = "bf16" if fast_bfloat16(device) else None
-    modes = (None, "default", "reduce-overhead") if can_compile(device) else (None,)
-    fastest = (amp, "default" if "default" in modes else None)
-    if fastest[1] is None:
+    compiled = can_compile(device)
+    modes = (None, "default", "reduce-overhead") if compiled else (None,)
+    fastest = "bf16" if fast_bfloat16(device) else None, "default" if compiled else None
+    if not compiled:
         print("training without torch.compile, which needs a C++ compiler, and a CPU or a CUDA card from Volta on")
     steps = {"pixel loss": fast_step(pixel, *fastest), "all losses": fast_step(every, *fastest)}
     if device.type == "cuda":

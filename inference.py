@@ -18,7 +18,7 @@ import copy
 import math
 import sys
 import threading
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, nullcontext
 
 import numpy as np
 import torch
@@ -212,7 +212,8 @@ class FullFloat32(ContextDecorator):
 
 def exact_types(device):
     """A context in which layers compute in the types of their tensors, also within a program's ``torch.autocast``."""
-    return torch.autocast(device.type, enabled=False)
+    known = torch.amp.is_autocast_available(device.type)  # not for "meta"
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 # The network
