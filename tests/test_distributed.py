@@ -258,11 +258,11 @@ from networks import SAPNet
 
 forward, passes = SAPNet.forward, []
 
-def broken(self, rainy):
+def broken(self, rainy, **options):
     passes.append(1)
     if len(passes) == 2 and os.environ["RANK"] == "0":
         return rainy @ torch.rand(5, 7)
-    return forward(self, rainy)
+    return forward(self, rainy, **options)
 
 SAPNet.forward = broken
 utils.run_script(train.main)

@@ -90,10 +90,16 @@ def test_linked_image_is_written_inside(run, checkpoint, tmp_path):
     after = contents(tmp_path)
     assert after.keys() - before.keys() == {"out/deep/link.png", "out/folder/image.png", "out/metrics.csv"}
     assert outside.read_bytes() == before["outside/image.png"]
-    (tmp_path / "out/deep/link.png").unlink()
-    (tmp_path / "out/deep/link.png").symlink_to("../../outside/other.png")
+    link, other = tmp_path / "out/deep/link.png", tmp_path / "outside/other.png"
+    link.unlink()
+    link.symlink_to("../../outside/other.png")
+    result = run("test", *arguments, "--recursive")
+    assert result.status == 2 and "deep/link.png would be overwritten" in result.err
+    assert link.is_symlink() and not other.exists(), "nobody knows what it is for"
+    other.write_bytes(after["out/deep/link.png"])  # as an earlier run may have left it
+    (tmp_path / "in/folder").unlink()  # in which it would be an input
     assert run("test", *arguments, "--recursive").status == 0
-    assert not (tmp_path / "outside/other.png").exists(), "the link is replaced, not followed"
+    assert not link.is_symlink() and other.read_bytes() == after["out/deep/link.png"], "it is replaced, not followed"
 
 
 def test_a_name_that_becomes_too_long_does_not_cost_the_others(run, checkpoint, tmp_path):
