@@ -189,8 +189,9 @@ def take_step(args, model, criterion, optimizers, scaler, batch, now):
         for group in optimizer.param_groups:
             group["lr"] = now.learning_rate
     with torch.autocast(rainy.device.type, HALF_PRECISIONS.get(args.amp), enabled=bool(args.amp)):
-        derained, stages = model(rainy, return_stages=True, recurrent_iter=now.recurrent_iter)
-        loss, terms = criterion(derained.float(), clean, rainy, now.left_out, stages[:-1])
+        *earlier, derained = model(rainy, return_stages=True, recurrent_iter=now.recurrent_iter)[1]
+        derained = derained.float()
+        loss, terms = criterion(derained, clean, rainy, now.left_out, earlier)
     scaler.scale(loss).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -200,7 +201,7 @@ def take_step(args, model, criterion, optimizers, scaler, batch, now):
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    derained = derained.detach().float()
+    derained = derained.detach()
     terms |= {"loss": loss, "psnr": batch_psnr(derained, clean)}
     return derained, {name: value.detach() for name, value in terms.items()}
 
