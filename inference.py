@@ -27,7 +27,7 @@ from torch import nn
 
 from devices import out_of_memory
 from networks import CHANNELS, DILATIONS, GATES, SeparableConv, SplitConv
-from strips import MARGIN, SMALLEST_STRIP, ColumnSums, FeatureMap, column_sums, for_each, strip_pixels
+from strips import MARGIN, SMALLEST_STRIP, ColumnSums, FeatureMap, column_sums, for_each, in_one_thread, strip_pixels
 from utils import RunError
 
 
@@ -494,7 +494,8 @@ class StripRunner:
         Returns:
             (W, 32) the ``column_sums`` of ``output``.
         """
-        weight, bias = conv.fold(source, columns, self.conv_dtype)
+        device = source.data.device
+        weight, bias = in_one_thread(device, conv.fold, source, columns, self.conv_dtype)
         sums = ColumnSums()
 
         def run(start, stop):
@@ -515,5 +516,5 @@ class StripRunner:
                     rows.copy_(v)
             sums.add(start, stop, rows)
 
-        for_each(run, source.strips(), source.data.device)
+        for_each(run, source.strips(), device)
         return sums.total

@@ -138,8 +138,7 @@ def test_threads_that_share_the_strips_change_nothing(monkeypatch):
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
-    for result in results:  # the gates are computed by all threads, so they sum up in another order
-        torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.fixture
@@ -178,6 +177,30 @@ def test_a_thread_that_begins_while_those_for_strips_start_keeps_its_cores(two_t
     while len(counts) < 3:
         time.sleep(0.01)
     assert counts == [2, 2, 2] and strips.strip_threads.cache_info().misses == 1
+
+
+def test_between_the_layers_no_operation_uses_all_cores(monkeypatch, two_threads):
+    """OpenMP's threads spin after it, and take the cores from the strips."""
+    used, fold = set(), inference.GatedConv.fold
+
+    def counted_fold(*arguments):
+        used.add(torch.get_num_threads())
+        return fold(*arguments)
+
+    monkeypatch.setattr(inference.GatedConv, "fold", counted_fold)
+    StripRunner(network())(torch.rand(1, 3, 90, 70))
+    assert used == {1} and torch.get_num_threads() == 2
+
+
+def test_each_core_has_a_strip(monkeypatch):
+    features = strips.FeatureMap(1, 321, 481, torch.float32, torch.device("cpu"))
+    counts = []
+    for threads in (1, 2, 4, 8, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        cut = features.strips()
+        assert [start for start, _ in cut[1:]] == [stop for _, stop in cut[:-1]] and cut[-1][1] == 321
+        counts.append(len(cut))
+    assert counts == [7, 7, 7, 11, 21]
 
 
 def test_a_strip_that_fails_ends_the_image(monkeypatch, two_threads):
