@@ -58,7 +58,10 @@ def test_an_image_is_clamped_and_rounded_to_the_nearest_level():
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 1000])
 def test_equals_the_network(variant, rows, monkeypatch):
-    monkeypatch.setattr(strips, "strip_rows", lambda width, pixels, small=False: rows)
+    def cut(features, small=False):
+        return [(top, min(top + rows, features.height)) for top in range(0, features.height, rows)]
+
+    monkeypatch.setattr(strips.FeatureMap, "strips", cut)
     assert difference(network(**variant), torch.rand(1, 3, 37, 53)) < 1e-5
 
 
