@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
-    HALF_PRECISIONS, FiniteCheck, StopSignal, as_one_run, average, choose_speed, ignore_lost_children, join_processes,
-    leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted, threads_beside,
-    total,
+    HALF_PRECISIONS, FiniteCheck, StopSignal, as_one_run, average, choose_speed, from_first, ignore_lost_children,
+    join_processes, leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted,
+    threads_beside, total,
 )
 from inference import StripRunner, to_image, to_tensor
 from losses import add_loss_options, batch_psnr, build_criterion
@@ -249,6 +249,7 @@ def train(args, device, rank, ranks):
     criterion = build_criterion(args, device, epochs)
     if rank == 0:
         join_processes(device)
+    resumed = from_first(lambda: resumed)  # another machine may see a changed folder later than the first process
     horizon = {"batch_size": args.batch_size, "processes": ranks, "epochs": args.epochs, "max_steps": args.max_steps}
     # By the steps of the whole run: resuming must not change the arithmetic.
     choose_speed(args, device, min(len(batches) * args.epochs, args.max_steps or math.inf))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +175,23 @@ def test_the_run_ends_when_a_process_is_lost(run, tmp_path):
     step = read_state(folder)["position"]["step"]
     result = run("train", *tiny(pairs, folder, "--resume", stop_after=step + 1, **flags))
     assert result.status == 0 and read_state(folder)["position"]["step"] == step + 1, result
+
+
+def see_an_older_folder():
+    exists = Path.exists
+    if os.environ["RANK"] == "1":
+        Path.exists = lambda path: path.name != "train_state.pth" and exists(path)
+
+
+@pytest.mark.slow
+def test_the_first_process_says_whether_the_run_goes_on(run, tmp_path):
+    """Over a network, a process on another machine may see what the folder held some seconds ago."""
+    pairs, folder = make_pairs(tmp_path / "pairs"), tmp_path / "run"
+    result = run("train", *tiny(pairs, folder, max_steps=4, stop_after=2))
+    assert result.status == 0, result
+    out = forked(tmp_path, 2, *tiny(pairs, folder, "--resume", max_steps=4), before=see_an_older_folder)
+    assert out.count("going on after step 2") == 1
+    assert read_state(folder)["position"]["step"] == 4
 
 
 @pytest.mark.slow
