@@ -3,8 +3,8 @@
     python bench.py --sizes 160x240 --repeats 1 --steps 1 --data_path datasets/test/RainSample
 
 prints one table: inference at each size and precision, a training step by its phases, packing and loading. That is a
-trial; the README's figures come from the default sizes and repetitions. Times are medians, and what is compared takes
-turns, so that both feel it when a machine is busy.
+trial; docs/performance.md has figures. Times are medians, and what is compared takes turns, so that both feel it when a
+machine is busy.
 """
 import argparse
 import importlib.util

@@ -316,6 +316,7 @@ def agreement_row(counts, samples):
 
 def difference(counts, others, samples):
     """How much larger F1 at IoU 0.5 is than that of another view, in the same bootstrap samples of the images."""
+    samples = samples if several((counts + others)[:, -2:].sum(1)) else samples[:0]
     whole, drawn = (
         rates(sums(counts))[2][..., 0] - rates(sums(others))[2][..., 0]
         for sums in (lambda values: values.sum(0), lambda values: samples @ values)

@@ -15,7 +15,7 @@ from agreement import (
 )
 from checkpoints import save_checkpoint
 from conftest import contents, photo, save
-from detect import view_names
+from detect import difference, view_names
 from detectors import letterbox
 from images import MARK, write_image
 from metadata import Metadata
@@ -320,6 +320,15 @@ def test_nothing_found_and_a_single_image_have_no_interval(detect, data):
     assert result.status == 0 and " 0 objects on the 1 clean image," in result.out
     row = read_table(data / "out/detection.csv")["rainy", "all"]
     assert row["found"] == 0 and all(np.isnan(row[name]) for name in ("precision_50", "recall_50", "f1_50", "f1"))
+
+
+@pytest.mark.parametrize("images, exact", [(1, False), (2, True)])
+def test_a_difference_seen_on_one_image_alone_has_no_interval(images, exact):
+    counts, others = np.zeros((2, 20, 12), int)
+    counts[:images], others[:images] = 2, 1
+    counts[:images, -1] = others[:images, -1] = 2
+    row = difference(counts, others, resample(20, 50))
+    assert row["difference"] == 1 - 2 / 3 and np.isfinite(row["difference_low"]) == exact
 
 
 def test_the_thresholds_are_options(detect, data):

@@ -109,6 +109,14 @@ def test_files_named_in_a_page_exist(page):
         assert (ROOT / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, "weights/README.md", "datasets/README.md", "results/README.md"])
+def test_prose_fits(page):
+    """A command and a row of a table must stay one line."""
+    text = (ROOT / page).read_text()
+    prose = "".join(part for number, part in enumerate(text.split("```")) if number % 2 == 0)
+    assert not [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
 def test_the_checksums_of_the_bundled_weights_are_right():
     text = (ROOT / "weights/README.md").read_text()
     for path in (ROOT / "weights").glob("*.pth"):
