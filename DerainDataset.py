@@ -491,13 +491,13 @@ class ShuffledBatches(Sampler):
 
     Args:
         length: number of patches.
-        batch_size: patches a batch; the incomplete batch at the end of an epoch is left out.
+        batch_size: patches a batch, or as many as there are; the incomplete batch at an epoch's end is left out.
         seed: of the order.
-        rank, ranks: with several processes, each gets its share of every batch.
+        rank, ranks: with several processes, each gets its share of every batch, as large as that of the others.
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, ranks=1):
-        self.length, self.batch_size, self.seed = length, min(batch_size, length), seed
+        self.length, self.batch_size, self.seed = length, min(batch_size, length // ranks * ranks), seed
         self.rank, self.ranks = rank, ranks
         self.epoch = self.sample = 0
 

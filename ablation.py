@@ -26,7 +26,7 @@ from inference import StripRunner, to_image, to_tensor
 from losses import LPIPSLoss, PerceptualContrastiveLoss
 from metrics import measure
 from pairs import find_pairs, hold_out, read_pair
-from training_sets import counted_folder
+from training_sets import PRENET_FILES, counted_folder
 from utils import (
     InputError, RunError, a_path, add_flag, at_least, begins_with, check_file, check_folder, counted, progress,
     run_script, write_text,
@@ -147,10 +147,19 @@ def evaluate(weights, pairs, lpips, pcl):
 
 
 def measured_pairs(args):
-    """What the networks are measured on: {what it is: its pairs}. train.py holds out the same."""
+    """What the networks are measured on: {what it is: its pairs}. train.py holds out the same.
+
+    Raises:
+        InputError: no pairs, or a folder of patches whose backgrounds nobody can tell from those that are held out.
+    """
     chosen, counts = {}, args.val_pairs * (len(args.data_path) if len(args.val_pairs) == 1 else 1)
     for text, count in zip(args.data_path, counts):
         folder, _ = counted_folder(text)
+        if all((folder / name).is_file() for name in PRENET_FILES):
+            raise InputError(
+                f"--data_path {folder}: holds PReNet's packed files, from which nothing can be left out; expected a"
+                " folder of pairs without them"
+            )
         if count:
             held_out = hold_out(find_pairs(folder).pairs, count)
             chosen[f"{counted(len(held_out), 'pair')} held out of {folder}"] = held_out

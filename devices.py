@@ -9,6 +9,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -240,8 +241,15 @@ def rank_of_run():
 
 
 def restarted():
-    """Whether torchrun --max_restarts has started this process again, after one of the run was lost."""
+    """Whether torchrun --max_restarts has started this process again, after one of the run was lost or has failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launcher():
+    """What tells the torchrun that started this process from every other one; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']}, process {os.getppid()} on {socket.gethostname()}"
 
 
 def meet(store, rank, ranks, patience=PATIENCE):
@@ -280,15 +288,16 @@ def meet(store, rank, ranks, patience=PATIENCE):
         time.sleep(0.05)
 
 
-def join_processes(device, patience=PATIENCE):
-    """Wait until all processes of the run have called this; it does nothing in a run of one.
+def join_processes(device, patience=PATIENCE, message=None):
+    """Wait until all processes of the run have called this; return the ``message`` of the first.
 
     Args:
         device: on which they will exchange tensors.
         patience: a ``timedelta``, how long they wait for one another, here and from then on.
+        message: what the first process has to tell the others.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
+        return message
     cuda = device.type == "cuda"
     store, rank, ranks = next(distributed.rendezvous("env://", timeout=patience))
     store = meet(store, rank, ranks, patience)
@@ -296,6 +305,7 @@ def join_processes(device, patience=PATIENCE):
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=patience
     )
     distributed.barrier(device_ids=[device.index] if cuda else None)  # NCCL does not wait in init_process_group
+    return from_first(lambda: message)
 
 
 def total(values, device):
@@ -516,6 +526,8 @@ class FiniteCheck:
 
 class StopSignal:
     """Ctrl-C or SIGTERM asks the run to stop after the current step; a second Ctrl-C stops it at once.
+
+    Several processes with GPUs stop at the next step that is logged, as agreeing would make each step wait for them.
 
     Attributes:
         agreed: whether all processes of the run have come to know that one of them was asked.

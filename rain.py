@@ -399,15 +399,22 @@ def parse_args():
 
 
 def find_photographs(folder):
-    """The paths of the images in the folder of --clean, without the rainy ones of pairs that lie there."""
+    """The paths of the images in the folder of --clean, without the rainy ones of pairs that lie there.
+
+    Raises:
+        InputError: there is none.
+    """
     photographs = find_images(folder, "--clean")
     found = pairs_directly_in(folder)
     if found is None:
         return photographs
     print(f"{folder}: {counted(len(found.pairs), 'rainy image')} of pairs left out")
     report_left_out(folder, found.alone)
-    rainy = {*found.alone, *(pair.rainy for pair in found.pairs)}
-    return [path for path in photographs if path not in rainy]
+    rainy = {os.path.realpath(path) for path in (*found.alone, *(pair.rainy for pair in found.pairs))}
+    photographs = [path for path in photographs if os.path.realpath(path) not in rainy]
+    if not photographs:
+        raise InputError(f"--clean {folder}: holds rainy images of pairs alone; expected images without rain")
+    return photographs
 
 
 @contextmanager

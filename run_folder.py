@@ -21,11 +21,12 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from checkpoints import load_checkpoint, network_options, read_options, save_checkpoint, save_safetensors
+from devices import launcher
 from muon import Muon
 from utils import InputError, RunError, check_folder, counted, locked, remove_leftovers, write_text
 
 STATE_FILE, WEIGHTS_FILE, LOG_FILE = "train_state.pth", "net_latest.pth", "log.jsonl"
-SAFETENSORS_FILE = "net_latest.safetensors"
+SAFETENSORS_FILE, BEST_FILE = "net_latest.safetensors", "net_best.pth"
 OPTIMIZER_STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"exp_avg"}}
 
 
@@ -43,7 +44,6 @@ def hold_run(folder, resume):
     if resume and not folder.is_dir():
         raise InputError(f"--resume: no folder {folder}; expected that of a stopped run")
     with locked(folder / ".lock", f"--save_path {folder}"):
-        remove_leftovers(folder)
         found = (folder / STATE_FILE).exists()
         if found and not resume:
             raise InputError(
@@ -53,7 +53,19 @@ def hold_run(folder, resume):
             refuse_other_files(folder, "--resume" if resume else "--save_path")
         if resume and not found:
             print(f"{folder}: nothing was saved there yet; starting from the beginning")
+        remove_leftovers(folder)
         yield
+
+
+def begun_by(folder, launcher):
+    """Whether the state in a folder is of the run that this launcher began, which so may go on without --resume.
+
+    torchrun starts the processes again after any failure, also after they have refused to write over another run.
+    """
+    try:
+        return load_checkpoint(folder / STATE_FILE)["launcher"] == launcher
+    except (InputError, KeyError, TypeError):
+        return False
 
 
 def refuse_other_files(folder, option):
@@ -61,7 +73,8 @@ def refuse_other_files(folder, option):
 
     One that was killed before it saved its state leaves its options and a log, but not these weights.
     """
-    taken = [name for name in (WEIGHTS_FILE, SAFETENSORS_FILE) if (folder / name).exists()]
+    taken = [name for name in (WEIGHTS_FILE, SAFETENSORS_FILE, BEST_FILE) if (folder / name).exists()]
+    taken += sorted(path.name for path in folder.glob("net_epoch*.pth"))
     taken += [] if is_log(folder / LOG_FILE) else [LOG_FILE]
     try:
         options = read_options(folder)
@@ -274,6 +287,33 @@ def changed_data(before, now):
     return None
 
 
+def read_state(folder):
+    """(state, position) of a run's folder: what ``RunState.save`` wrote, as it is, and the ``Position`` in it.
+
+    Raises:
+        InputError: no such file, a damaged one, or that of another program.
+    """
+    path = folder / STATE_FILE
+    state = load_checkpoint(path)
+    if isinstance(state, dict) and "net" in state and "data" not in state:
+        raise InputError(
+            f"{path}: of an earlier version of train.py; --init_weights {folder / WEIGHTS_FILE} and another"
+            " --save_path start from its weights"
+        )
+    try:
+        saved = dict(state["position"])
+        if "batches" in saved:  # of a version that had one count for all terms
+            saved["counts"] = dict.fromkeys(saved["totals"], saved.pop("batches"))
+        position, fresh = Position(**saved), Position()
+        if any(type(value) is not type(getattr(fresh, name)) for name, value in vars(position).items()):
+            raise ValueError
+        if position.counts.keys() != position.totals.keys():
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: not the state of a run; expected what train.py has saved there") from None
+    return state, position
+
+
 @dataclass
 class RunState:
     """The parts of a run that a stop and a resumption must not change."""
@@ -298,6 +338,7 @@ class RunState:
             "random": torch.get_rng_state(),
             "data": self.data,
             "horizon": self.horizon,
+            "launcher": launcher(),
         }
         save_checkpoint(folder / STATE_FILE, state)
         self.save_weights(folder)
@@ -309,26 +350,22 @@ class RunState:
         if self.safetensors:
             save_safetensors(folder / SAFETENSORS_FILE, weights, network_options(self.averaged))
 
-    def load(self, folder):
-        """Restore what ``save`` wrote.
+    def load(self, folder, state, position):
+        """Restore what ``save`` wrote, and say how far the run had come.
 
-        Returns:
-            The ``Position``.
+        Args:
+            folder: the run's, for the messages.
+            state, position: from ``read_state``.
 
         Raises:
-            InputError: a damaged file, the state of another network or optimizer, or of a run on other data.
+            InputError: the state of another network or optimizer, or of a run on other data.
         """
         path = folder / STATE_FILE
-        state = load_checkpoint(path)
-        if isinstance(state, dict) and "net" in state and "data" not in state:
-            raise InputError(
-                f"{path}: of an earlier version of train.py; --init_weights {folder / WEIGHTS_FILE} and another"
-                " --save_path start from its weights"
-            )
         try:
             change = changed_data(state["data"], self.data)
             if change is None:
-                position, horizon = self.restore(state), {name: state["horizon"][name] for name in self.horizon}
+                self.restore(state)
+                horizon = {name: state["horizon"][name] for name in self.horizon}
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             raise InputError(
                 f"{path}: not the state of a run with these network options and --optimizer; expected the run's own"
@@ -347,7 +384,6 @@ class RunState:
             f"{name} {horizon[name]} -> {value}" for name, value in self.horizon.items() if horizon[name] != value
         ]
         print(f"going on after step {position.step}, {counted(position.seen, 'patch')}", *changes, sep=", ")
-        return position
 
     def restore(self, state):
         """Load all parts, whose types and shapes must fit; any of a dozen exceptions says that they do not."""
@@ -366,12 +402,3 @@ class RunState:
         if state.get("scaler") and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        saved = state["position"]
-        if "batches" in saved:  # of a version that had one count for all terms
-            saved["counts"] = dict.fromkeys(saved["totals"], saved.pop("batches"))
-        position, fresh = Position(**saved), Position()
-        if any(type(value) is not type(getattr(fresh, name)) for name, value in vars(position).items()):
-            raise ValueError
-        if position.counts.keys() != position.totals.keys():
-            raise ValueError
-        return position

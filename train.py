@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
-    HALF_PRECISIONS, FiniteCheck, StopSignal, as_one_run, average, choose_speed, from_first, ignore_lost_children,
-    join_processes, leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted,
+    HALF_PRECISIONS, FiniteCheck, StopSignal, as_one_run, average, choose_speed, ignore_lost_children, join_processes,
+    launcher, leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted,
     threads_beside, total,
 )
 from inference import StripRunner, to_image, to_tensor
@@ -33,7 +33,9 @@ from muon import build_optimizers
 from networks import RESIDUAL_CONVS, SAPNet, mismatch
 from pairs import read_pair
 from rain import TrainingRain, add_rain_options, check_rain_options
-from run_folder import STATE_FILE, Position, RunLog, RunState, hold_run, write_arguments
+from run_folder import (
+    BEST_FILE, STATE_FILE, Position, RunLog, RunState, begun_by, changed_data, hold_run, read_state, write_arguments,
+)
 from runners import SharedRunner
 from schedule import add_schedule_options, check_schedule_options, conditions, share_done
 from training_sets import add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation
@@ -230,32 +232,48 @@ def report_epoch(args, net, position, record, scores, log):
         record |= scores
         if scores["val_psnr_y"] > position.best_psnr_y:
             position.best_psnr_y = scores["val_psnr_y"]
-            save_checkpoint(args.save_path / "net_best.pth", net.state_dict())
+            save_checkpoint(args.save_path / BEST_FILE, net.state_dict())
     log.write(record)
     print(", ".join(f"{name} {value:.6g}" for name, value in record.items()), flush=True)
 
 
+def last_epoch(args, batches, position):
+    """The number of the run's last epoch, from 1, seen from ``position``: epochs before may have had other batches."""
+    if not args.max_steps:
+        return args.epochs
+    left = position.sample + (args.max_steps - position.step) * batches.batch_size
+    return min(args.epochs, position.epoch + math.ceil(left / (len(batches) * batches.batch_size)))
+
+
 def train(args, device, rank, ranks):
     """Run the training that ``args`` describe, as process ``rank`` of ``ranks``; return whether a signal stopped it."""
+    # What the run goes on from is read by the first process alone: another machine may see the folder as it was.
+    saved = position = expected = None
     if rank > 0:
-        join_processes(device)  # waits for the first, which joins when it has packed and downloaded
-    resumed = (args.save_path / STATE_FILE).exists()
+        saved, position, expected = join_processes(device)  # the first, when it has packed and downloaded
+    elif (args.save_path / STATE_FILE).exists():
+        saved, position = read_state(args.save_path)
+    resumed, position = saved is not None, position or Position()
     loader, val_pairs, data = load_data(args, device, rank, ranks)
+    if rank > 0 and changed_data(expected, data):
+        raise InputError(
+            f"process {rank} of {ranks} finds other images or pairs than the first; expected the same for all, in"
+            " --data_path, --clean_path, --val_path and --exclude_test"
+        )
     dataset, batches = loader.dataset, loader.batch_sampler
     net = build_network(args, device, None if resumed else args.init_weights)
     averaged = copy.deepcopy(net) if args.ema else net
     optimizers = build_optimizers(args.optimizer, net, args.lr)
-    epochs = min(args.epochs, math.ceil(args.max_steps / len(batches))) if args.max_steps else args.epochs
-    criterion = build_criterion(args, device, epochs)
+    criterion = build_criterion(args, device, last_epoch(args, batches, position))
     if rank == 0:
-        join_processes(device)
-    resumed = from_first(lambda: resumed)  # another machine may see a changed folder later than the first process
+        join_processes(device, message=(saved, position, data))
     horizon = {"batch_size": args.batch_size, "processes": ranks, "epochs": args.epochs, "max_steps": args.max_steps}
     # By the steps of the whole run: resuming must not change the arithmetic.
     choose_speed(args, device, min(len(batches) * args.epochs, args.max_steps or math.inf))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = RunState(net, averaged, optimizers, scaler, data, horizon, args.safetensors)
-    position = state.load(args.save_path) if resumed else Position()
+    if resumed:
+        state.load(args.save_path, saved, position)
     model = torch.compile(net) if args.compile else net
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -307,8 +325,9 @@ def train(args, device, rank, ranks):
             if due or position.step == 1 or done >= 1:
                 values = average([value.item() for value in terms.values()], device)  # waits for the device
                 shown = log.write_step(position, {"learning_rate": now.learning_rate, **dict(zip(terms, values))})
-            # Agreeing makes the processes wait for one another, so several do not ask at every step.
-            stopped = position.step == args.stop_after or (due or ranks == 1) and stop.agree(device)
+            # Agreeing waits for the device, so several processes with GPUs do not ask at every step.
+            asks = due or ranks == 1 or device.type == "cpu"
+            stopped = position.step == args.stop_after or asks and stop.agree(device)
             if stopped or done >= 1:
                 break
             # At the epoch's end the state is saved after the report, so that a run killed in between makes it again.
@@ -350,7 +369,7 @@ def main():
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     rank, ranks = rank_of_run()
-    args.resume = args.resume or restarted() and (args.save_path / STATE_FILE).exists()
+    args.resume = args.resume or restarted() and begun_by(args.save_path, launcher())
     with as_one_run(rank, ranks, "; --resume goes on from the last save"), ignore_lost_children():
         with hold_run(args.save_path, args.resume) if rank == 0 else nullcontext():
             interrupted = train(args, device, rank, ranks)

@@ -5,7 +5,6 @@
 import argparse
 import csv
 import errno
-import glob
 import io
 import os
 import re
@@ -108,11 +107,25 @@ def at_least(minimum, kind=int):
 
 
 def a_path(kind=Path):
-    """``argparse`` type for a path, returned as ``kind``. An empty one is refused: it would be the current folder."""
+    """``argparse`` type for a path, returned as ``kind``.
+
+    Refused are an empty one, which would be the current folder, and one that cannot be looked at, such as one in
+    another user's folder.
+    """
 
     def parse(text):
         if not text:
             raise argparse.ArgumentTypeError("expected a path, got an empty text")
+        try:
+            readable = not os.path.isdir(text) or os.access(text, os.R_OK | os.X_OK)
+            reason = "" if readable else os.strerror(errno.EACCES)
+            os.stat(text)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it may be to be made
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+        if reason:
+            raise argparse.ArgumentTypeError(f"expected a path that can be read, got {text!r} ({reason})")
         return kind(text)
 
     return parse
@@ -179,10 +192,15 @@ def temporary_name(name, process):
 
 
 def remove_leftovers(folder, name=None):
-    """Remove what killed processes left of ``atomic_write``, of one file or all; call it where no other writes them."""
-    pattern = "*-????????-*.tmp" if name is None else glob.escape(temporary_name(name, "")[:-4]) + "*.tmp"
-    for path in Path(folder).glob(pattern):
-        path.unlink(missing_ok=True)
+    """Remove what killed processes left of ``atomic_write``, of one file or all; call it where no other writes them.
+
+    Of all, only those of names up to 40 bytes, which can be told from files of others.
+    """
+    for path in Path(folder).glob("*-????????-*.tmp"):
+        *start, _, process = path.name.removesuffix(".tmp").split("-")
+        written = "-".join(start) if name is None else name
+        if process.isdigit() and path.name == temporary_name(written, process):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -53,6 +53,13 @@ def test_each_run_is_measured_on_the_pairs_that_it_held_out(run, shared, tmp_pat
     assert (tmp_path / "logs/seed0/run0/log.jsonl").read_text() == before
 
 
+def test_packed_patches_that_cannot_be_told_from_what_is_held_out_are_refused(refused, pairs_dir, tmp_path):
+    for name in ("train_input.h5", "train_target.h5"):
+        (pairs_dir / name).touch()
+    options = "--val_pairs", 0, "--val_path", pairs_dir
+    refused("ablation", "--data_path", pairs_dir, *options, "--logs", tmp_path / "logs", names=[pairs_dir, "PReNet's"])
+
+
 @pytest.mark.parametrize("text", ["mine", "[1]", '{"max_steps": 3}'])
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
 def test_a_file_of_somebody_else_is_not_replaced(refused, tmp_path, text, resume):

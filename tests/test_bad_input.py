@@ -1,6 +1,8 @@
 """Bad input: one sentence that names the culprit, a non-zero exit, and nothing lost or half written."""
 import argparse
 import importlib
+import itertools
+import os
 import shutil
 
 import cv2
@@ -358,16 +360,22 @@ def path_options(script):
 @pytest.mark.parametrize(
     "script", [path.stem for path in sorted(ROOT.glob("*.py")) if "def parse_args" in path.read_text()]
 )
-def test_an_empty_path_is_refused_by_every_option(script):
+def test_a_path_that_cannot_be_one_is_refused_by_every_option(script):
     options = path_options(script)
     assert options
-    for action in options:
+    for action, path in itertools.product(options, ("", 300 * "a", "a\0b")):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a path"):
-            action.type("")
+            action.type(path)
 
 
 def test_an_empty_path_is_one_sentence(refused, pairs_dir):
     refused("test", "--test_data_path", pairs_dir, "--output_path", "", names=["--output_path", "expected a path"])
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(refused, pairs_dir, monkeypatch):
+    """To root, who runs some of these tests, nothing is forbidden."""
+    monkeypatch.setattr(os, "access", lambda path, *_: False)
+    refused("test", "--test_data_path", pairs_dir, names=["--test_data_path", pairs_dir, "Permission denied"])
 
 
 # Counts

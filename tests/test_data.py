@@ -621,6 +621,13 @@ def test_shares_of_the_processes_make_up_the_batch(ranks):
         assert sorted(item for part in parts for item in part) == sorted(batch)
 
 
+def test_shares_are_equal_where_there_are_fewer_patches_than_a_batch():
+    shares = [ShuffledBatches(7, 12, 1, rank, ranks=2) for rank in range(2)]
+    first, second = ([batch for batch in share] for share in shares)
+    assert [len(batch) for batch in first] == [len(batch) for batch in second] == [3, 3][:len(first)]
+    assert len({item for batch in (*first, *second) for item in batch}) == 6
+
+
 # New rain
 
 

@@ -9,7 +9,9 @@ import torch
 
 from conftest import contents
 from muon import build_optimizers
-from run_folder import Position, RunLog, RunState, changed_data, hold_run, read_log, write_arguments
+from run_folder import (
+    Position, RunLog, RunState, changed_data, hold_run, read_log, read_state, write_arguments,
+)
 from test_train import read_events
 from utils import InputError
 
@@ -61,7 +63,7 @@ def test_a_folder_in_which_nothing_was_saved_yet_begins_anew(tmp_path, capsys):
 @pytest.mark.parametrize("name, content", [
     ("log.jsonl", "mine\nprecious"), ("log.jsonl", '{"loss": 1}\n{"loss": 2}\n'), ("log.jsonl", b"\xff\xfe{"),
     ("args.json", '{"learning_rate": 1}'), ("args.json", "mine"), ("net_latest.pth", "mine"),
-    ("net_latest.safetensors", "mine"),
+    ("net_latest.safetensors", "mine"), ("net_best.pth", "mine"), ("net_epoch3.pth", "mine"),
 ], ids=str)
 def test_files_of_others_are_refused_with_and_without_resume(tmp_path, name, content, resume):
     content = content if isinstance(content, bytes) else content.encode()
@@ -216,6 +218,12 @@ def make_state(net, optimizer="muon", **horizon):
     return RunState(net, net, optimizers, scaler, DATA, {"batch_size": 4, "processes": 1, "max_steps": None, **horizon})
 
 
+def go_on(state, folder):
+    saved, position = read_state(folder)
+    state.load(folder, saved, position)
+    return position
+
+
 def test_a_state_is_restored_as_it_was(tmp_path, state, capsys):
     position = Position(1, 8, 7, 30, 31.5, {"loss": 2.5}, {"loss": 3})
     torch.manual_seed(3)
@@ -223,7 +231,7 @@ def test_a_state_is_restored_as_it_was(tmp_path, state, capsys):
     drawn = torch.rand(3)
     net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3))
     other = make_state(net.to(memory_format=torch.channels_last), batch_size=2)  # which --channels_last may change
-    assert other.load(tmp_path) == position
+    assert go_on(other, tmp_path) == position
     assert torch.equal(torch.rand(3), drawn)
     torch.testing.assert_close(other.net.state_dict(), state.net.state_dict(), rtol=0, atol=0)
     for mine, theirs in zip(other.optimizers, state.optimizers, strict=True):
@@ -240,7 +248,7 @@ def test_a_state_with_one_count_for_all_terms_goes_on(tmp_path, state):
     saved = torch.load(path, weights_only=True)
     del saved["position"]["counts"]
     torch.save({**saved, "position": {**saved["position"], "batches": 3}}, path)
-    assert state.load(tmp_path).counts == {"loss": 3, "ssim": 3}
+    assert go_on(state, tmp_path).counts == {"loss": 3, "ssim": 3}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +272,7 @@ def test_a_state_of_another_content_is_refused(tmp_path, state, place, value):
     inner[place[-1]] = value
     torch.save(saved, path)
     with pytest.raises(InputError, match="train_state.pth: "):
-        state.load(tmp_path)
+        go_on(state, tmp_path)
 
 
 def test_a_state_that_is_not_finite_is_refused(tmp_path, state):
@@ -272,11 +280,11 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path, state):
         state.net[0].weight[0, 0, 0, 0] = float("nan")
     state.save(tmp_path, Position())
     with pytest.raises(InputError, match="NaN or infinite"):
-        state.load(tmp_path)
+        go_on(state, tmp_path)
 
 
 @pytest.mark.parametrize("content", [[], {"weight": torch.ones(3)}, 5, None, "text"])
 def test_what_is_no_state_is_refused(tmp_path, state, content):
     torch.save(content, tmp_path / "train_state.pth")
     with pytest.raises(InputError, match="train_state.pth: "):
-        state.load(tmp_path)
+        go_on(state, tmp_path)

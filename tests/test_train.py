@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from argparse import Namespace
 from contextlib import contextmanager
 
 import h5py
@@ -23,7 +24,9 @@ from inference import to_image, to_tensor
 from metrics import measure
 from networks import SAPNet
 from pairs import find_pairs
+from run_folder import Position
 from SSIM import ssim
+from train import last_epoch
 
 STEPS_AN_EPOCH = 4  # 18 patches from three images of 64x48, four a batch
 TIMES = ("seconds", "patches_per_second", "waiting")  # what differs between two runs of the same command
@@ -56,6 +59,16 @@ def train_run(run, pairs_dir, tmp_path):
         return tmp_path / name, result
 
     return start
+
+
+def test_the_last_epoch_is_counted_from_where_the_run_is():
+    """Of 100 patches, 16 a batch before and 4 now: 60 steps were 10 epochs, and the 40 to come are 1.6."""
+    args, batches = Namespace(max_steps=100, epochs=30), ShuffledBatches(100, 4)
+    assert last_epoch(args, batches, Position()) == 4
+    assert last_epoch(args, batches, Position(epoch=10, step=60)) == 12
+    assert last_epoch(args, batches, Position(epoch=9, sample=96, step=60)) == 12
+    assert last_epoch(Namespace(max_steps=None, epochs=30), batches, Position(epoch=9)) == 30
+    assert last_epoch(Namespace(max_steps=10**6, epochs=30), batches, Position()) == 30
 
 
 @pytest.fixture(scope="module")

@@ -78,9 +78,11 @@ def test_leftovers_are_removed_and_other_files_are_not(run, pairs_dir, tmp_path)
     (tmp_path / "run").mkdir()
     left = tmp_path / "run" / utils.temporary_name("train_state.pth", 12345)
     left.write_bytes(b"half")
-    (tmp_path / "run/notes.tmp").write_text("mine")
+    others = [tmp_path / "run" / f"{name}.tmp" for name in ("notes", "results-20240131-final", "results-20240131-2")]
+    for other in others:
+        other.write_text("mine")
     assert run("train", *tiny(pairs_dir, tmp_path / "run", max_steps=1)).status == 0
-    assert not left.exists() and (tmp_path / "run/notes.tmp").exists()
+    assert not left.exists() and all(other.exists() for other in others)
 
 
 def slow_packing():
