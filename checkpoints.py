@@ -465,7 +465,7 @@ def load_network(path, recurrent_iter=None, use_dilation=None):
     given = {"recurrent_iter": recurrent_iter, "use_dilation": use_dilation}
     options |= {name: value for name, value in given.items() if value is not None}
     try:
-        return SAPNet.from_state_dict(weights, **options).float().eval()
+        return SAPNet.from_state_dict(weights, **options).eval()
     except ValueError as error:
         raise InputError(f"{path}: {error}, found {listing(weights, 'tensor')}") from None
 

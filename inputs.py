@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from images import NoImages, is_image, is_video
+from images import NoImages, is_image, is_shadow, is_video
 from outputs import is_result, without_overviews
 from pairs import Pair, best_match, candidate_folders, find_pairs, match_results, report_left_out
 from utils import InputError, natural_key, printable
@@ -40,12 +40,13 @@ def is_clip(path):
 
 
 def files_in(folder):
-    """The files directly in ``folder``."""
-    return sorted((path for path in Path(folder).iterdir() if not path.is_dir()), key=natural_key)
+    """The files directly in ``folder``, without those that macOS leaves beside others."""
+    files = (path for path in Path(folder).iterdir() if not path.is_dir() and not is_shadow(path))
+    return sorted(files, key=natural_key)
 
 
 def files_below(folder, left_out):
-    """All files in ``folder`` and the folders below, linked ones too, without the folder ``left_out`` below it."""
+    """``files_in`` for ``folder`` and the folders below, linked ones too, without the folder ``left_out`` below it."""
     paths, seen = [], {os.path.realpath(left_out)} - {os.path.realpath(folder)}
     unread = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=unread.append):
@@ -54,7 +55,7 @@ def files_below(folder, left_out):
             folders.clear()
             continue
         seen.add(real)
-        paths += [Path(place, name) for name in names]
+        paths += [path for name in names if not is_shadow(path := Path(place, name))]
     for error in unread:
         print(f"{printable(error.filename)}: could not be read ({error.strerror})")
     return sorted(paths, key=natural_key)
@@ -174,7 +175,7 @@ def paths_of(pairs):
 
 def find_file(path, below, args):
     """The ``Inputs`` of one file, whose result goes to the folder ``below`` under --output_path."""
-    if is_video(path) or len(args.inputs) == 1 and is_clip(path):
+    if is_video(path) or is_pattern(path) or len(args.inputs) == 1 and is_clip(path):
         return Inputs([], [(path, below)], [], [], [])
     if is_image(path):
         half = args.side_by_side

@@ -137,7 +137,7 @@ class SAPNet(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state, recurrent_iter=6, use_dilation=None):
-        """The network that a state dict belongs to, with its weights.
+        """The network that a state dict belongs to, with its weights, in float32 on the CPU.
 
         The names tell the residual convolution and PReNet's form. What they cannot tell are the number of
         stages and the dilation, whose default is that of the published networks: dilated, but PReNet not.
@@ -151,7 +151,9 @@ class SAPNet(nn.Module):
         elif "res_conv1.0.custom_conv1.weight" in state:
             residual_conv = "split"
         use_cra = "res_conv1.1.conv_1_1.weight" in state
-        net = cls(recurrent_iter, use_cra if use_dilation is None else use_dilation, residual_conv, use_cra)
+        # A program may have set another default, in which a half would round the weights and "meta" lose them.
+        with torch.device("cpu"):
+            net = cls(recurrent_iter, use_cra if use_dilation is None else use_dilation, residual_conv, use_cra).float()
         try:
             net.load_state_dict(state)
         except RuntimeError:

@@ -83,6 +83,19 @@ def name_outputs(places, endings):
     ]
 
 
+def name_clips(clips):
+    """Where each video's result goes, relative to --output_path and without a suffix, unless two would collide.
+
+    Args:
+        clips: (path of the video, folder below --output_path) of each.
+    """
+    names = [folder / clip_name(path) for path, folder in clips]
+    counts = Counter(str(name).lower() for name in names)
+    return [
+        folder / path.name if counts[str(name).lower()] > 1 else name for name, (path, folder) in zip(names, clips)
+    ]
+
+
 class Job(NamedTuple):
     """One picture: what is read, and where its result goes and its panel, which is None without --comparison."""
 

@@ -38,7 +38,7 @@ from metadata import Metadata
 from metrics import measure, measure_alone
 from outputs import (
     COLUMNS, NO_REFERENCE, SHEET, Job, average, check_outputs, default_output, describe, explain_no_reference,
-    extension, name_outputs,
+    extension, name_clips, name_outputs,
 )
 from pairs import check_sizes, read_clean, read_rainy
 from runners import SharedRunner, self_ensemble, settings_of
@@ -46,9 +46,9 @@ from utils import (
     InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable, progress,
     run_script, write_csv,
 )
-from video import VideoOptions, derain_video, write_report
+from video import VideoOptions, check_crf, derain_video, write_report
 from video_form import CODECS
-from video_input import clip_name, is_pattern
+from video_input import is_pattern
 
 LARGE = 2**22  # px of an image that is not in memory beside another one
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file system that cannot have such a name
@@ -169,6 +169,7 @@ def check_options(args):
     for name in ("save_path", "recursive", "self_ensemble"):
         if args.results_path and getattr(args, name):
             raise InputError(f"--results_path measures pictures that are there; expected no --{name}")
+    check_crf(args.codec or "h264", args.crf)
     if args.quality > 100:
         raise InputError(f"--quality {args.quality}: expected 1 to 100")
     if Path(args.suffix).name != args.suffix:
@@ -219,18 +220,27 @@ def derain(runner, image, device):
 
 
 @contextmanager
-def faults_of(path):
-    """Make of what can go wrong with one picture, memory included, an ``InputError`` that names it."""
+def want_of_memory(path=None):
+    """Make of a lack of memory a ``RunError``, which names a ``path``."""
     try:
         yield
-    except (RunError, OSError) as error:  # no room for its feature maps, on the disk or in memory
-        raise InputError(f"{path}: {error}") from None
     except (MemoryError, RuntimeError) as error:
         text = str(error).partition("\n")[0]
         memory = isinstance(error, MemoryError) or out_of_memory(error)
         if not memory and "allocate memory" not in text:  # by a CPU
             raise
-        raise InputError(f"{path}: not enough memory ({text or type(error).__name__})") from None
+        named = f"{path}: " if path else ""
+        raise RunError(f"{named}not enough memory ({text or type(error).__name__})") from None
+
+
+@contextmanager
+def faults_of(path):
+    """Make of what can go wrong with one picture, memory included, an ``InputError`` that names it."""
+    try:
+        with want_of_memory():
+            yield
+    except (RunError, OSError) as error:  # no room for its feature maps, on the disk or in memory
+        raise InputError(f"{path}: {error}") from None
 
 
 def save(path, picture, metadata, quality=95, mark=MARK):
@@ -411,10 +421,9 @@ def describe_change(average):
     )
 
 
-def derain_clip(derain_frame, args, at_once):
-    """Derain the video --test_data_path, and report how steady it is."""
-    source = args.test_data_path
-    result = derain_video(source, args.output_path, derain_frame, video_options(args, at_once))
+def derain_clip(source, output, derain_frame, args, at_once):
+    """Derain a video into ``output``, a path without its suffix, and report how steady it is."""
+    result = derain_video(source, output.parent, derain_frame, video_options(args, at_once), output.name)
     if result is None:  # it was there already
         return
     if result.rows:
@@ -431,6 +440,9 @@ def derain_clip(derain_frame, args, at_once):
             way_on = "the finished video that was there is kept"
         print(f"stopped after frame {result.last}; {way_on}")
         sys.exit(128 + result.stopped)
+    if result.late_signal:
+        print("stopped; this video was finished already")
+        sys.exit(128 + result.late_signal)
     if result.faults:
         raise RunError(f"{printable(source)}: {'; '.join(result.faults)}")
 
@@ -448,10 +460,10 @@ def derain_clips(runner, clips, args, device):
     # Beside a card, a thread keeps it busy while frames are read and written; a CPU is busy anyway.
     at_once = derain_frame.ranks if derain_frame.ranks > 1 else int(device.type == "cuda")
     with closing(derain_frame):
-        for path, below in clips:
-            own = {"test_data_path": path, "output_path": args.output_path / below}
+        for (path, below), name in zip(clips, name_clips(clips)):
             try:
-                derain_clip(derain_frame, argparse.Namespace(**{**vars(args), **own}), at_once)
+                with want_of_memory(path):
+                    derain_clip(path, args.output_path / name, derain_frame, args, at_once)
             except (InputError, RunError) as error:
                 if len(args.inputs) == 1 and path == args.test_data_path:
                     raise
@@ -480,9 +492,13 @@ def refuse_to_overwrite(jobs, inputs, args):
     if args.comparison and jobs:
         written += [args.output_path / SHEET, *(job.panel for job in jobs)]
     # A video's own name follows from its streams, so derain_video looks at it.
-    written += [args.output_path / below / f"{clip_name(path)}.csv" for path, below in inputs.clips]
+    written += [args.output_path / f"{name}.csv" for name in name_clips(inputs.clips)]
     read = [*paths_of(job.pair for job in jobs), *inputs.unused, *(path for path, _ in inputs.clips)]
     check_outputs(written, read, args.output_path)
+    there = sum(job.output.exists() for job in jobs) if args.overwrite and not args.results_path else 0
+    if there:  # two folders of one name have one --output_path by default
+        what = f"replaces {counted(there, 'result')} of an earlier run; --overwrite False keeps those of equal pictures"
+        print(f"{printable(args.output_path)}: {what}")
 
 
 def plan(args):

@@ -60,7 +60,7 @@ class VideoResult(NamedTuple):
     ``last`` is the number of the last frame in the output; ``faults`` are sentences on what could not be read;
     ``stopped`` is the number of the signal that ended it early, or 0; ``notes`` are sentences on what the output does
     not keep, and on what not all players can play; ``kept`` is whether the output is the finished video of an earlier
-    run, as this one was stopped.
+    run, as this one was stopped; ``late_signal`` is the number of a signal that came when all frames were done, or 0.
     """
 
     output: Path
@@ -70,6 +70,7 @@ class VideoResult(NamedTuple):
     stopped: int
     notes: list | tuple = ()
     kept: bool = False
+    late_signal: int = 0
 
 
 # Stopping and going on
@@ -259,7 +260,10 @@ class Deraining:
     def work_on(self, frame):
         """(frame, its result or None, the seconds it took)."""
         started = time.perf_counter()
-        derained = None if frame.rainy is None else self.derain(frame.rainy)
+        try:
+            derained = None if frame.rainy is None else self.derain(frame.rainy)
+        except OSError as error:  # no room for feature maps: not what go_through calls one, and all frames are kept
+            raise RunError(f"frame {frame.number}: {error.strerror or error}") from None
         return frame, derained, time.perf_counter() - started
 
     def write(self, frame, derained, seconds, signals):
@@ -280,7 +284,15 @@ class Deraining:
             self.waiting, self.last = [], frame.number
 
 
-def derain_video(path, folder, derain, options):
+def check_crf(codec, crf):
+    """Refuse a --crf that a codec does not take; ``crf`` is None where none was given."""
+    worst = CODECS[codec].worst
+    if crf is not None and crf > (worst or -1):
+        wanted = f"0 to {worst}" if worst else "no --crf, as it has no such setting"
+        raise InputError(f"--crf {crf}: for --codec {codec} expected {wanted}")
+
+
+def derain_video(path, folder, derain, options, name=None):
     """Derain a video, or numbered pictures, into a video file.
 
     A frame that cannot be read is replaced by the one before, or by the first readable one if there is none before,
@@ -292,6 +304,7 @@ def derain_video(path, folder, derain, options):
         derain: function of a frame, (H, W, 3) RGB uint8 or uint16, that returns the derained one in the same form;
             with ``options.at_once``, so many threads call it at the same time.
         options: ``VideoOptions``.
+        name: NAME; that of ``clip_name`` by default.
 
     Returns:
         A ``VideoResult``, or None if the result was there already and is kept.
@@ -300,10 +313,7 @@ def derain_video(path, folder, derain, options):
         InputError: not a video, one without readable frames, one that is HDR, or the output is taken.
         RunError: the output could not be written.
     """
-    choice = CODECS[options.codec]
-    if options.crf is not None and options.crf > (choice.worst or -1):
-        wanted = f"0 to {choice.worst}" if choice.worst else "no --crf, as it has no such setting"
-        raise InputError(f"--crf {options.crf}: for --codec {options.codec} expected {wanted}")
+    check_crf(options.codec, options.crf)
     with closing(open_source(path)) as source:
         # 1. The first readable frame decides what the output is like
         shots, leading = source.shots(), []
@@ -314,7 +324,7 @@ def derain_video(path, folder, derain, options):
         picture = leading[-1].picture
         form = choose_form(picture, source, options.codec)
         container_name, taken = choose_container(options.codec, source.others, form.aspect in (None, 1))
-        output = Path(folder) / f"{clip_name(path)}{SUFFIXES[container_name]}"
+        output = Path(folder) / f"{name or clip_name(path)}{SUFFIXES[container_name]}"
         task = {
             "source": source.identity(), "codec": options.codec, "crf": options.crf, "frames": options.frames,
             **options.settings,
@@ -378,7 +388,8 @@ def run(writer, shots, deraining, signals):
     if complete:
         faults += source.faults
     rows = [*read_report(output.with_suffix(".csv"), first, before), *deraining.rows]
-    return VideoResult(output, rows, deraining.last, faults, 0 if complete else signals.number)
+    result = VideoResult(output, rows, deraining.last, faults, 0 if complete else signals.number)
+    return result._replace(late_signal=signals.number if complete else 0)
 
 
 # The report

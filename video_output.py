@@ -283,7 +283,20 @@ class VideoWriter:
         picture.pts, picture.time_base = shot.time, self.source.time_base
         self.numbers[shot.time] = len(self.times)
         self.times.append((shot.time, shot.duration))
-        self.keep(self.encoder.encode(picture))
+        self.encode(picture)
+
+    def encode(self, picture):
+        """Give the encoder the next picture, or None after the last, and keep what it has ready.
+
+        Raises:
+            RunError: it failed.
+        """
+        try:
+            self.keep(self.encoder.encode(picture))
+        except av.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise RunError(f"{self.output}: could not be encoded ({reason_of(error)})") from None
 
     def keep(self, packets):
         for packet in packets:
@@ -300,7 +313,7 @@ class VideoWriter:
             RunError: it cannot be written; what was there is there still.
         """
         if len(self.times) > self.done:
-            self.keep(self.encoder.encode(None))
+            self.encode(None)
         remove_leftovers(self.output.parent, self.output.name)
         with atomic_write(self.output) as temporary:
             try:

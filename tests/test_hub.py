@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms
 
 import hubconf
-from checkpoints import BUNDLED, load_network, save_checkpoint
+from checkpoints import BUNDLED, load_network, load_weights, save_checkpoint
 from conftest import ROOT, contents, photo, save, with_rain
 from images import read_image
 from networks import SAPNet
@@ -284,17 +284,26 @@ def test_the_card_that_is_named_is_taken_and_the_current_one_stays(monkeypatch, 
     assert taken == [torch.device("cuda", card)]
 
 
-@pytest.fixture
-def float64_default():
-    torch.set_default_dtype(torch.float64)
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def other_default(request):
+    torch.set_default_dtype(request.param)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def test_the_default_type_of_the_program_does_not_count(rainy, derain, float64_default):
-    assert {value.dtype for value in hubconf.sapnet("light").state_dict().values()} == {torch.float32}
+def test_the_default_type_of_the_program_does_not_count(rainy, derain, other_default):
+    expected = load_weights(ROOT / "weights/light.pth")
+    for name, value in hubconf.sapnet("light").state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, expected[name])
     ours = hubconf.derain("light", recurrent_iter=1, device="cpu")
     np.testing.assert_array_equal(ours(rainy), derain(rainy))
+
+
+def test_the_default_device_of_the_program_does_not_count():
+    with torch.device("meta"):
+        state = hubconf.sapnet("light").state_dict()
+    expected = load_weights(ROOT / "weights/light.pth")
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 def test_the_autocast_of_the_program_does_not_count(tmp_path, rainy):

@@ -146,12 +146,15 @@ def test_half_precision_is_close(rainy, dtype):
 
 
 @pytest.mark.slow
-def test_the_default_type_of_the_program_does_not_count():
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_type_of_the_program_does_not_count(default):
+    expected = load(BUNDLED / "light.pth").model.state_dict()
+    torch.set_default_dtype(default)
     try:
-        assert load(BUNDLED / "light.pth").dtype == torch.float32
+        state = load(BUNDLED / "light.pth").model.state_dict()
     finally:
         torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 def test_in_comfyui_as_a_link_among_its_nodes(tmp_path):

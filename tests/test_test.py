@@ -1000,6 +1000,14 @@ def test_case_of_a_folder_with_pictures_and_videos(shared, test_run, tmp_path):
     assert ".hidden" not in result.out
 
 
+def test_what_macos_leaves_beside_files_is_no_input(test_run, shared, tmp_path):
+    save(tmp_path / "in/below/a.png", photo(1, 12, 12))
+    for name in ("below/._a.png", "._clip.mp4"):
+        (tmp_path / "in" / name).write_bytes(b"\0\5\x16\7")
+    output, result = test_run(tmp_path / "in", "--recursive")
+    assert set(contents(output)) == {"below/a.png", "metrics.csv"} and "._" not in result.out
+
+
 def test_a_folder_of_videos_alone_and_one_of_neither(test_run, refused, shared, checkpoint, tmp_path):
     (tmp_path / "in").mkdir()
     shutil.copy(shared / "cases/still_suffixes/folder/plain.mp4", tmp_path / "in/plain.dat")

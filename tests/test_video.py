@@ -1,5 +1,6 @@
 """Videos: clips made here, a photograph that stands still or pans under rain, and what has gone wrong with others."""
 import csv
+import errno
 import http.server
 import itertools
 import json
@@ -23,6 +24,7 @@ from conftest import ROOT, THOROUGH, contents, photo, run_subprocess, save
 from rain import add_rain, streak_layer
 from utils import InputError, RunError
 import video
+import video_output
 from video import Flicker, VideoOptions, derain_video
 from video_form import read_planes, write_planes
 
@@ -984,21 +986,85 @@ def test_stopped_before_the_first_frame_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("at_once", [0, 1])
-def test_a_failing_network_leaves_what_is_done(kept, tmp_path, at_once):
+@pytest.mark.parametrize("error, raised", [
+    (RunError("no room for a feature map"), RunError), (MemoryError("no room"), MemoryError),
+    (OSError(errno.ENOMEM, "no room"), RunError), (FileNotFoundError("no room for temporary files"), RunError),
+], ids=repr)
+def test_a_failing_network_leaves_what_is_done(kept, tmp_path, at_once, error, raised):
     """It may be for want of memory, hours after the start."""
     source = make_clip(tmp_path / "in/clip.mp4", moving(20))
     frames = itertools.count()
 
     def derain(frame):
         if next(frames) == 7:
-            raise RunError("no room for a feature map")
+            raise error
         return frame
 
-    with pytest.raises(RunError, match="no room"):
+    with pytest.raises(raised, match="no room"):
         kept(source, derain, at_once=at_once)
     assert len(frames_of(tmp_path / "results/clip.mp4")) == 7
     output, result = kept(source, overwrite=False)
     assert len(result.rows) == 13 and len(frames_of(output)) == 20
+
+
+def test_want_of_memory_for_one_video_costs_no_other(derain_clip, tmp_path, monkeypatch):
+    for name, width in (("a", 64), ("b", 96)):
+        make_clip(tmp_path / f"in/{name}.mp4", [np.zeros((48, width, 3), np.uint8)] * 3)
+
+    def derain(runner, frame, device):
+        if frame.shape[1] == 64:
+            raise MemoryError
+        return frame, frame
+
+    monkeypatch.setattr("test.derain", derain)
+    output, result = derain_clip(tmp_path / "in", status=1)
+    assert "a.mp4: not enough memory (MemoryError)" in result.out and "1 of 2 files failed: a.mp4" in result.err
+    assert len(frames_of(output / "b.mp4")) == 3
+
+
+def test_a_signal_while_a_finished_video_is_written_ends_the_run_after_it(derain_clip, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        make_clip(tmp_path / f"in/{name}.mp4")
+    finish = video_output.VideoWriter.finish
+
+    def slow_finish(writer, complete):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(writer, complete)
+
+    monkeypatch.setattr(video_output.VideoWriter, "finish", slow_finish)
+    monkeypatch.setattr("test.derain", lambda runner, frame, device: (frame, frame))
+    output, result = derain_clip(tmp_path / "in", status=143)
+    assert set(contents(output)) == {"a.mp4", "a.csv"} and "this video was finished already" in result.out
+
+
+def test_videos_of_one_stem_have_results_of_their_own(derain_clip, tmp_path, monkeypatch):
+    """Cameras leave a small .LRV beside each .MP4."""
+    for name in ("G1.mp4", "G2.mp4"):
+        make_clip(tmp_path / "in" / name)
+    (tmp_path / "in/G1.LRV").write_bytes((tmp_path / "in/G1.mp4").read_bytes())
+    monkeypatch.setattr("test.derain", lambda runner, frame, device: (frame, frame))
+    output, _ = derain_clip(tmp_path / "in")
+    stems = ("G1.mp4", "G1.LRV", "G2")
+    assert set(contents(output)) == {f"{stem}.{suffix}" for stem in stems for suffix in ("mp4", "csv")}
+
+
+def test_a_quality_that_the_codec_has_not_is_refused_before_the_pictures(refused, checkpoint, tmp_path):
+    make_clip(tmp_path / "in/clip.mp4")
+    save(tmp_path / "in/photo.png", photo(1, 12, 12))
+    for options in (("--crf", 60), ("--codec", "prores", "--crf", 5)):
+        arguments = "--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out"
+        refused("test", *arguments, *options, names=["--crf"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbered_pictures_beside_another_path_are_a_video(run, checkpoint, tmp_path, monkeypatch):
+    for number in range(3):
+        save(tmp_path / f"frames/f_{number:03d}.png", photo(number, 48, 64))
+    paths = tmp_path / "frames/f_%03d.png", make_clip(tmp_path / "clip.mp4")
+    monkeypatch.setattr("test.derain", lambda runner, frame, device: (frame, frame))
+    result = run("test", "--save_path", checkpoint, "--test_data_path", *paths, "--output_path", tmp_path / "out")
+    assert result.status == 0, result
+    assert {os.path.basename(name) for name in contents(tmp_path / "out")} == {"f.mp4", "f.csv", "clip.mp4", "clip.csv"}
 
 
 def test_frames_that_are_derained_at_once_stay_in_order(kept, tmp_path):
