@@ -146,8 +146,11 @@ def evaluate(weights, pairs, lpips, pcl):
     return np.mean(rows, axis=0)
 
 
-def measured_pairs(args):
+def measured_pairs(args, packed_anew):
     """What the networks are measured on: {what it is: its pairs}. train.py holds out the same.
+
+    Args:
+        packed_anew: whether train.py packs the pairs itself where PReNet's packed files lie beside them.
 
     Raises:
         InputError: no pairs, or a folder of patches whose backgrounds nobody can tell from those that are held out.
@@ -155,10 +158,10 @@ def measured_pairs(args):
     chosen, counts = {}, args.val_pairs * (len(args.data_path) if len(args.val_pairs) == 1 else 1)
     for text, count in zip(args.data_path, counts):
         folder, _ = counted_folder(text)
-        if all((folder / name).is_file() for name in PRENET_FILES):
+        if not packed_anew and all((folder / name).is_file() for name in PRENET_FILES):
             raise InputError(
-                f"--data_path {folder}: holds PReNet's packed files, from which nothing can be left out; expected a"
-                " folder of pairs without them"
+                f"--data_path {folder}: holds PReNet's packed files, from which nothing can be left out; expected"
+                " --preprocess True, to pack its pairs, or a folder without these files"
             )
         if count:
             held_out = hold_out(find_pairs(folder).pairs, count)
@@ -231,7 +234,7 @@ def main():
     check_folder("--logs", args.logs)
     if args.output:
         check_file("--output", args.output, begins_with(HEADING))
-    measured = measured_pairs(args)
+    measured = measured_pairs(args, "--preprocess" in passed_on)
     check_runs(args, passed_on)
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
     scores = {title: {} for title in measured}

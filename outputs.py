@@ -84,15 +84,18 @@ def name_outputs(places, endings):
 
 
 def name_clips(clips):
-    """Where each video's result goes, relative to --output_path and without a suffix, unless two would collide.
+    """Where each video's result goes: (folder below --output_path, name without a suffix).
+
+    Where two would collide, each name is that of the video with its suffix.
 
     Args:
         clips: (path of the video, folder below --output_path) of each.
     """
-    names = [folder / clip_name(path) for path, folder in clips]
-    counts = Counter(str(name).lower() for name in names)
+    places = [(folder, clip_name(path)) for path, folder in clips]
+    counts = Counter((folder, name.lower()) for folder, name in places)
     return [
-        folder / path.name if counts[str(name).lower()] > 1 else name for name, (path, folder) in zip(names, clips)
+        (folder, path.name if counts[folder, name.lower()] > 1 else name)
+        for (folder, name), (path, _) in zip(places, clips)
     ]
 
 

@@ -71,17 +71,23 @@ def begun_by(folder, launcher):
 def refuse_other_files(folder, option):
     """Refuse a folder without a state where a run would write over files that no run has left.
 
-    One that was killed before it saved its state leaves its options and a log, but not these weights.
+    One that was killed before it saved its state leaves its options, a log of its first epoch at most, and perhaps the
+    weights of that epoch, but not the latest ones.
     """
-    taken = [name for name in (WEIGHTS_FILE, SAFETENSORS_FILE, BEST_FILE) if (folder / name).exists()]
-    taken += sorted(path.name for path in folder.glob("net_epoch*.pth"))
-    taken += [] if is_log(folder / LOG_FILE) else [LOG_FILE]
+    log = folder / LOG_FILE
+    taken = [name for name in (WEIGHTS_FILE, SAFETENSORS_FILE) if (folder / name).exists()]
+    taken += [] if is_log(log) else [LOG_FILE]
     try:
         options = read_options(folder)
     except InputError:
         options = None
-    if (folder / "args.json").exists() and "save_path" not in (options or {}):
+    of_a_run = "save_path" in (options or {})
+    if (folder / "args.json").exists() and not of_a_run:
         taken.append("args.json")
+    ends = ["epoch" in record for record in read_log(log)] if log.exists() and not taken else []
+    if not of_a_run or True in ends[:-1]:
+        epochs = sorted(path.name for path in folder.glob("net_epoch*.pth"))
+        taken += [name for name in (BEST_FILE, *epochs) if (folder / name).exists()]
     if taken:
         raise InputError(
             f"{option} {folder}: has {taken[0]} but no {STATE_FILE}; expected a stopped run's folder, or another one"
@@ -259,17 +265,18 @@ class Position:
         self.epoch, self.sample, self.totals, self.counts = self.epoch + 1, 0, {}, {}
 
 
-def changed_data(before, now):
+def changed_data(before, now, there="then", here="now"):
     """What of the data has changed, as part of a sentence; None where nothing has.
 
     Args:
         before, now: {"seed", "sources", "validation"}: the seed of the shuffling, a summary of each folder of
             training patches, and one of the validation pairs.
+        there, here: the words for these two.
     """
     if before["seed"] != now["seed"]:
-        return f"--seed {before['seed']} then, {now['seed']} now"
+        return f"--seed {before['seed']} {there}, {now['seed']} {here}"
     if len(before["sources"]) != len(now["sources"]):
-        return f"--data_path with {counted(len(before['sources']), 'folder')} then, {len(now['sources'])} now"
+        return f"--data_path with {counted(len(before['sources']), 'folder')} {there}, {len(now['sources'])} {here}"
     for old, new in zip(before["sources"], now["sources"]):
         folder = new["folder"]
         for name, words, noun in (("size", "patches of {} px", None), ("images", "{}", "image"),
@@ -277,13 +284,13 @@ def changed_data(before, now):
             if old.get(name) != new.get(name):
                 numbers = (counted(each.get(name), noun) if noun else each.get(name) for each in (old, new))
                 then, now = map(words.format, numbers)
-                return f"{folder}: {then} then, {now} now"
+                return f"{folder}: {then} {there}, {now} {here}"
         if old["content"] != new["content"]:
-            return f"{folder}: other images than then"
+            return f"{folder}: other images than {there}"
     if before["validation"] != now["validation"]:
         old, new = before["validation"], now["validation"]
         now = counted(new["pairs"], "other") if old["pairs"] == new["pairs"] else new["pairs"]
-        return f"{counted(old['pairs'], 'validation pair')} then, {now} now"
+        return f"{counted(old['pairs'], 'validation pair')} {there}, {now} {here}"
     return None
 
 

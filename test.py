@@ -421,9 +421,10 @@ def describe_change(average):
     )
 
 
-def derain_clip(source, output, derain_frame, args, at_once):
-    """Derain a video into ``output``, a path without its suffix, and report how steady it is."""
-    result = derain_video(source, output.parent, derain_frame, video_options(args, at_once), output.name)
+def derain_clip(source, place, derain_frame, args, at_once):
+    """Derain a video into its ``place``, (folder below --output_path, name), and report how steady it is."""
+    folder, name = place
+    result = derain_video(source, args.output_path / folder, derain_frame, video_options(args, at_once), name)
     if result is None:  # it was there already
         return
     if result.rows:
@@ -440,11 +441,12 @@ def derain_clip(source, output, derain_frame, args, at_once):
             way_on = "the finished video that was there is kept"
         print(f"stopped after frame {result.last}; {way_on}")
         sys.exit(128 + result.stopped)
+    faults = f"{printable(source)}: {'; '.join(result.faults)}" if result.faults else ""
     if result.late_signal:
-        print("stopped; this video was finished already")
+        print("stopped; this video was finished already", *filter(None, [faults]), sep="\n")
         sys.exit(128 + result.late_signal)
-    if result.faults:
-        raise RunError(f"{printable(source)}: {'; '.join(result.faults)}")
+    if faults:
+        raise RunError(faults)
 
 
 def derain_clips(runner, clips, args, device):
@@ -453,17 +455,24 @@ def derain_clips(runner, clips, args, device):
     Returns:
         [(name, reason)] of those that failed, in the first process.
     """
-    derain_frame, failures = AmongProcesses(lambda frame: derain(runner, frame, device)[0]), []
+    def work_on(frame):
+        try:
+            with want_of_memory():
+                return derain(runner, frame, device)[0]
+        except OSError as error:  # a process can tell the first of no other error
+            raise RunError(error.strerror or str(error)) from None
+
+    derain_frame, failures = AmongProcesses(work_on), []
     if derain_frame.rank > 0:
         derain_frame.serve()
         return []
     # Beside a card, a thread keeps it busy while frames are read and written; a CPU is busy anyway.
     at_once = derain_frame.ranks if derain_frame.ranks > 1 else int(device.type == "cuda")
     with closing(derain_frame):
-        for (path, below), name in zip(clips, name_clips(clips)):
+        for (path, below), place in zip(clips, name_clips(clips)):
             try:
                 with want_of_memory(path):
-                    derain_clip(path, args.output_path / name, derain_frame, args, at_once)
+                    derain_clip(path, place, derain_frame, args, at_once)
             except (InputError, RunError) as error:
                 if len(args.inputs) == 1 and path == args.test_data_path:
                     raise
@@ -492,10 +501,10 @@ def refuse_to_overwrite(jobs, inputs, args):
     if args.comparison and jobs:
         written += [args.output_path / SHEET, *(job.panel for job in jobs)]
     # A video's own name follows from its streams, so derain_video looks at it.
-    written += [args.output_path / f"{name}.csv" for name in name_clips(inputs.clips)]
+    written += [args.output_path / folder / f"{name}.csv" for folder, name in name_clips(inputs.clips)]
     read = [*paths_of(job.pair for job in jobs), *inputs.unused, *(path for path, _ in inputs.clips)]
     check_outputs(written, read, args.output_path)
-    there = sum(job.output.exists() for job in jobs) if args.overwrite and not args.results_path else 0
+    there = sum(map(os.path.lexists, (job.output for job in jobs))) if args.overwrite and not args.results_path else 0
     if there:  # two folders of one name have one --output_path by default
         what = f"replaces {counted(there, 'result')} of an earlier run; --overwrite False keeps those of equal pictures"
         print(f"{printable(args.output_path)}: {what}")

@@ -255,11 +255,8 @@ def train(args, device, rank, ranks):
         saved, position = read_state(args.save_path)
     resumed, position = saved is not None, position or Position()
     loader, val_pairs, data = load_data(args, device, rank, ranks)
-    if rank > 0 and changed_data(expected, data):
-        raise InputError(
-            f"process {rank} of {ranks} finds other images or pairs than the first; expected the same for all, in"
-            " --data_path, --clean_path, --val_path and --exclude_test"
-        )
+    if rank > 0 and (change := changed_data(expected, data, "in the first process", "in this one")):
+        raise InputError(f"process {rank} of {ranks}: {change}; expected the same data and options for all")
     dataset, batches = loader.dataset, loader.batch_sampler
     net = build_network(args, device, None if resumed else args.init_weights)
     averaged = copy.deepcopy(net) if args.ema else net

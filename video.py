@@ -262,8 +262,9 @@ class Deraining:
         started = time.perf_counter()
         try:
             derained = None if frame.rainy is None else self.derain(frame.rainy)
-        except OSError as error:  # no room for feature maps: not what go_through calls one, and all frames are kept
-            raise RunError(f"frame {frame.number}: {error.strerror or error}") from None
+        except (OSError, RunError) as error:  # such as no room for feature maps; what is done is kept
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"{self.writer.output}: frame {frame.number} could not be derained ({reason})") from None
         return frame, derained, time.perf_counter() - started
 
     def write(self, frame, derained, seconds, signals):

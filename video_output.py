@@ -283,7 +283,11 @@ class VideoWriter:
         picture.pts, picture.time_base = shot.time, self.source.time_base
         self.numbers[shot.time] = len(self.times)
         self.times.append((shot.time, shot.duration))
-        self.encode(picture)
+        try:
+            self.encode(picture)
+        except RunError:  # the frames before are as good as they were
+            del self.numbers[shot.time], self.times[-1]
+            raise
 
     def encode(self, picture):
         """Give the encoder the next picture, or None after the last, and keep what it has ready.

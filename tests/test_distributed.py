@@ -18,7 +18,7 @@ import DerainDataset
 import test
 import train
 from checkpoints import load_weights
-from conftest import ROOT, contents, make_pairs
+from conftest import ROOT, contents, make_pairs, photo, save
 from devices import lost_process
 from networks import SAPNet
 from test_test import read_csv
@@ -137,7 +137,7 @@ def test_several_processes_train_as_one(one_process, tmp_path, processes):
 def test_a_signal_to_one_stops_both_and_any_number_of_processes_goes_on(run, tmp_path):
     """Two processes, then one, then two again, and all of it against one that never stopped."""
     pairs, folder = make_pairs(tmp_path / "pairs"), tmp_path / "run"
-    flags = {"epochs": 1000, "milestone": 1000, "save_steps": 2, "log_interval": 10**6}
+    flags = {"save_steps": 2, "log_interval": 10**6, "data_path": f"{pairs}:100000"}  # the epoch has no end
     process = start(2, *tiny(pairs, folder, **flags))
     os.kill(wait_for_state(process, folder)[1], signal.SIGTERM)
     out, err = finish(process, status=1)
@@ -222,7 +222,7 @@ def test_torchrun_does_not_go_on_with_the_run_of_another(run, refused, tmp_path,
 def test_processes_with_other_data_do_not_train_together(tmp_path):
     arguments = tiny(make_pairs(tmp_path / "pairs"), tmp_path / "run", max_steps=4)
     out = forked(tmp_path, 2, *arguments, before=see_other_images, status=1)
-    assert "train.py: error: process 1 of 2 finds other images or pairs than the first" in out
+    assert f"train.py: error: process 1 of 2: {tmp_path / 'pairs'}: other images than in the first process" in out
     assert not (tmp_path / "run/train_state.pth").exists()
 
 
@@ -298,6 +298,30 @@ def test_processes_share_the_frames_of_a_video(run, tmp_path, checkpoint):
     assert set(contents(tmp_path / "both")) == set(contents(tmp_path / "alone"))
     videos = [frames_of(*(tmp_path / folder).glob("*.mkv")) for folder in ("alone", "both")]
     assert np.array_equal(*videos) and len(videos[0]) == 9
+
+
+def run_out_of_memory():
+    derain = test.derain
+
+    def with_little_memory(runner, frame, device):
+        if frame.shape[1] == 64 and os.environ["RANK"] == "1":
+            raise MemoryError
+        return derain(runner, frame, device)
+
+    test.derain = with_little_memory
+
+
+@pytest.mark.slow
+def test_want_of_memory_in_one_process_costs_no_other_video(run, tmp_path, checkpoint):
+    for name, width in (("small", 64), ("wide", 96)):
+        for number in range(4):
+            save(tmp_path / f"{name}/f-{number}.png", photo(number, 48, width))
+    patterns = [tmp_path / f"{name}/f-%d.png" for name in ("small", "wide")]
+    arguments = ["--test_data_path", *patterns, "--save_path", checkpoint, "--device", "cpu", "--recurrent_iter", 1]
+    arguments += ["--output_path", tmp_path / "out"]
+    out = forked(tmp_path, 2, *arguments, script="test", before=run_out_of_memory, status=1)
+    assert "not enough memory (MemoryError)" in out and "1 of 2 files failed" in out
+    assert len(frames_of(tmp_path / "out/wide/f.mp4")) == 4
 
 
 BROKEN = """

@@ -60,6 +60,21 @@ def test_a_folder_in_which_nothing_was_saved_yet_begins_anew(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("resume", [True, False])
+def test_weights_of_a_run_whose_state_was_removed_are_refused(tmp_path, resume):
+    """But not those of a first epoch, at whose end a run was killed before it saved its state."""
+    (tmp_path / "args.json").write_text('{"save_path": "x"}')
+    for name in ("net_best.pth", "net_epoch1.pth"):
+        (tmp_path / name).write_bytes(b"weights")
+    first, second = ('{"step": 4}\n{"epoch": 1, "step": 4}\n', '{"step": 8}\n')
+    (tmp_path / "log.jsonl").write_text(first)
+    with hold_run(tmp_path, resume):
+        pass
+    (tmp_path / "log.jsonl").write_text(first + second)
+    with pytest.raises(InputError, match="has net_best.pth but no train_state.pth"), hold_run(tmp_path, resume):
+        pass
+
+
+@pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("name, content", [
     ("log.jsonl", "mine\nprecious"), ("log.jsonl", '{"loss": 1}\n{"loss": 2}\n'), ("log.jsonl", b"\xff\xfe{"),
     ("args.json", '{"learning_rate": 1}'), ("args.json", "mine"), ("net_latest.pth", "mine"),

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import cv2
@@ -24,6 +25,7 @@ from conftest import ROOT, THOROUGH, contents, photo, run_subprocess, save
 from rain import add_rain, streak_layer
 from utils import InputError, RunError
 import video
+import video_input
 import video_output
 from video import Flicker, VideoOptions, derain_video
 from video_form import read_planes, write_planes
@@ -1007,6 +1009,32 @@ def test_a_failing_network_leaves_what_is_done(kept, tmp_path, at_once, error, r
     assert len(result.rows) == 13 and len(frames_of(output)) == 20
 
 
+@pytest.mark.parametrize("fails_again", [False, True])
+def test_a_failing_encoder_leaves_what_is_done(kept, tmp_path, monkeypatch, fails_again):
+    source = make_clip(tmp_path / "in/clip.mp4", moving(20))
+    start, frames = video_output.VideoWriter.__init__, itertools.count()
+
+    class Encoder:
+        def __init__(self, encoder):
+            self.encoder = encoder
+
+        def encode(self, picture):
+            if next(frames) == 7 or fails_again and picture is None:
+                raise av.error.ExternalError(0, "no room")
+            return self.encoder.encode(picture)
+
+    def start_failing(writer, *arguments):
+        start(writer, *arguments)
+        writer.encoder = Encoder(writer.encoder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_output.VideoWriter, "__init__", start_failing)
+        with pytest.raises(RunError, match="clip.mp4: could not be encoded"):
+            kept(source)
+    output, result = kept(source, overwrite=False)
+    assert len(frames_of(output)) == 20 and len(result.rows) == (20 if fails_again else 13)
+
+
 def test_want_of_memory_for_one_video_costs_no_other(derain_clip, tmp_path, monkeypatch):
     for name, width in (("a", 64), ("b", 96)):
         make_clip(tmp_path / f"in/{name}.mp4", [np.zeros((48, width, 3), np.uint8)] * 3)
@@ -1018,13 +1046,15 @@ def test_want_of_memory_for_one_video_costs_no_other(derain_clip, tmp_path, monk
 
     monkeypatch.setattr("test.derain", derain)
     output, result = derain_clip(tmp_path / "in", status=1)
-    assert "a.mp4: not enough memory (MemoryError)" in result.out and "1 of 2 files failed: a.mp4" in result.err
+    assert "a.mp4: frame 1 could not be derained (not enough memory (MemoryError))" in result.out
+    assert result.err.endswith("1 of 2 files failed: a.mp4\n")
     assert len(frames_of(output / "b.mp4")) == 3
 
 
 def test_a_signal_while_a_finished_video_is_written_ends_the_run_after_it(derain_clip, tmp_path, monkeypatch):
     for name in ("a", "b"):
         make_clip(tmp_path / f"in/{name}.mp4")
+    monkeypatch.setattr(video_input.VideoFile, "describe_faults", lambda *_: ["cut short"])
     finish = video_output.VideoWriter.finish
 
     def slow_finish(writer, complete):
@@ -1034,17 +1064,18 @@ def test_a_signal_while_a_finished_video_is_written_ends_the_run_after_it(derain
     monkeypatch.setattr(video_output.VideoWriter, "finish", slow_finish)
     monkeypatch.setattr("test.derain", lambda runner, frame, device: (frame, frame))
     output, result = derain_clip(tmp_path / "in", status=143)
-    assert set(contents(output)) == {"a.mp4", "a.csv"} and "this video was finished already" in result.out
+    assert set(contents(output)) == {"a.mp4", "a.csv"}
+    assert "finished already\n" in result.out and "a.mp4: cut short" in result.out
 
 
 def test_videos_of_one_stem_have_results_of_their_own(derain_clip, tmp_path, monkeypatch):
     """Cameras leave a small .LRV beside each .MP4."""
-    for name in ("G1.mp4", "G2.mp4"):
-        make_clip(tmp_path / "in" / name)
+    for name in ("G1.mp4", "G2.mp4", "..mp4"):
+        make_clip(tmp_path / "in/clip.mp4").rename(tmp_path / "in" / name)
     (tmp_path / "in/G1.LRV").write_bytes((tmp_path / "in/G1.mp4").read_bytes())
     monkeypatch.setattr("test.derain", lambda runner, frame, device: (frame, frame))
     output, _ = derain_clip(tmp_path / "in")
-    stems = ("G1.mp4", "G1.LRV", "G2")
+    stems = ("G1.mp4", "G1.LRV", "G2", Path("..mp4").stem)
     assert set(contents(output)) == {f"{stem}.{suffix}" for stem in stems for suffix in ("mp4", "csv")}
 
 

@@ -218,6 +218,18 @@ def test_killed_within_the_rewriting_of_the_log(folder):
 
 
 @pytest.mark.slow
+def test_killed_at_the_end_of_the_first_epoch_before_the_first_state(folder):
+    whole = Runs(folder, "whole of 2", epochs=2, save_steps=100)
+    whole.finish()
+    for site in ("net_best", "net_epoch"):
+        run = Runs(folder, f"first epoch-{site}", epochs=2, save_steps=100)
+        assert run.start(Trap(site, "renamed", 1).set).wait() == -signal.SIGKILL
+        assert not (run.folder / "train_state.pth").exists()
+        run.finish()
+        assert_as_if_never_killed(run, whole)
+
+
+@pytest.mark.slow
 def test_killed_between_the_state_and_the_weights_of_the_last_epoch(folder):
     """Nothing is left to do then but to write net_latest.pth."""
     whole = Runs(folder, "whole of 1", epochs=1, save_steps=100)

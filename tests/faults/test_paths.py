@@ -107,8 +107,9 @@ def test_a_name_that_becomes_too_long_does_not_cost_the_others(run, checkpoint, 
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(save(tmp_path / "plain.png", photo(1, 12, 12)).read_bytes())
     arguments = ("--save_path", checkpoint, "--test_data_path", tmp_path / "in", "--output_path", tmp_path / "out")
-    result = run("test", *arguments, "--suffix", "_derained", "--comparison")
-    assert result.status == 1 and result.err.strip().endswith(f"1 of 3 images failed: {'x' * 251}.png"), result
+    for _ in range(2):  # the second time the folder is there, which then says that the name is too long
+        result = run("test", *arguments, "--suffix", "_derained", "--comparison")
+        assert result.status == 1 and result.err.strip().endswith(f"1 of 3 images failed: {'x' * 251}.png"), result
     assert {*contents(tmp_path / "out")} == {
         "a_derained.png", "z_derained.png", "comparison/a.jpg", "comparison/z.jpg", "contact_sheet.jpg", "metrics.csv",
     }
