@@ -40,13 +40,16 @@ def ssim(image, reference, window_size=11, sigma=1.5, data_range=1.0):
         image, reference: (N, C, H, W) tensors of equal shape, dtype and device, values in [0, ``data_range``].
         window_size: odd side of the Gaussian window in pixels.
         sigma: its standard deviation in pixels.
+        data_range: the value of white, such as 1 or 255.
 
     Returns:
         A scalar tensor, at most 1; its gradient reaches both images.
 
     Raises:
-        ValueError: the shapes differ or are not four-dimensional.
+        ValueError: the shapes differ or are not four-dimensional, or the window's side is even.
     """
+    if window_size % 2 == 0:
+        raise ValueError(f"ssim expects an odd window_size, got {window_size}")
     if image.shape != reference.shape or image.dim() != 4:
         raise ValueError(
             f"ssim expects two (N, C, H, W) tensors of one shape, got {tuple(image.shape)} and {tuple(reference.shape)}"

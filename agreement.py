@@ -50,7 +50,9 @@ def by_score(boxes):
 
 
 def suppress(boxes, threshold=0.5):
-    """Non-maximum suppression within each class: drop a box whose IoU with a better one is over ``threshold``.
+    """Non-maximum suppression: from the best box on, drop each whose IoU with a kept one of its class is larger.
+
+    ``threshold`` is the largest IoU that stays.
 
     Args:
         boxes: (N, 6).
@@ -107,8 +109,8 @@ def count(found, reference, classes):
         (K, 12) integers: the found boxes that stand for a reference box at each of the ten ``THRESHOLDS``; the found
         boxes; the reference boxes.
     """
-    names = found[:, 5].astype(int)
-    hits = [np.bincount(names[partners >= 0], minlength=classes) for partners in match(found, reference)]
+    numbers = found[:, 5].astype(int)
+    hits = [np.bincount(numbers[partners >= 0], minlength=classes) for partners in match(found, reference)]
     totals = [np.bincount(boxes[:, -1].astype(int), minlength=classes) for boxes in (found, reference)]
     return np.stack([*hits, *totals], 1).astype(np.int32)
 
@@ -145,8 +147,8 @@ def judge(found, labels, crowds):
     """
     found = found[by_score(found)]
     rank = np.zeros(len(found), int)
-    for name in np.unique(found[:, 5]):
-        of_class = found[:, 5] == name
+    for number in np.unique(found[:, 5]):
+        of_class = found[:, 5] == number
         rank[of_class] = np.arange(of_class.sum())
     found = found[rank < MOST_FOUND]
     verdicts = (match(found, labels) >= 0).astype(int)
@@ -161,11 +163,11 @@ class Curve:
     Args:
         judged: a pair (boxes, verdicts) as ``judge`` returns it for each image.
         objects: how many labels of the class each image has.
-        name: the number of the class.
+        number: of the class.
     """
 
-    def __init__(self, judged, objects, name):
-        parts = [boxes[:, 5] == name for boxes, _ in judged]
+    def __init__(self, judged, objects, number):
+        parts = [boxes[:, 5] == number for boxes, _ in judged]
         scores = np.concatenate([boxes[part, 4] for (boxes, _), part in zip(judged, parts)])
         order = np.argsort(-scores, kind="stable")
         self.images = np.repeat(np.arange(len(judged)), [part.sum() for part in parts])[order]

@@ -80,7 +80,9 @@ def load_published(net, name, backbone_dir=None, version="IMAGENET1K_V1", use=("
         net: the network or its first layers, with torchvision's names but for the prefix "features.". The file may
             hold further layers, and its numbers may have any floating type.
         name, backbone_dir, version: as for ``find_backbone``.
-        use: for the errors, what the network is needed for, with {} for its name, and how to do without it.
+        use: two texts for the errors. The first begins the one of a missing file, with {} for ``name``: "{}, the
+            backbone of the lpips loss". The second ends each, and says how to do without the network:
+            "; --use_lpips False does without it".
 
     Raises:
         InputError: no such file, or not one of this network.

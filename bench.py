@@ -208,7 +208,8 @@ def bench_inference(args, device):
             row = {"what": f"inference {size[0]}x{size[1]} {name}", "seconds": seconds[name]}
             row["microseconds a pixel"] = seconds[name] / (size[0] * size[1]) * 1e6
             row["bytes a pixel"] = peak_memory(name, args.baseline, size, device)
-            row["teraflops"] = CONVOLUTION_FLOPS * size[0] * size[1] / seconds[name] / 1e12
+            if name != "baseline":  # which may be another network
+                row["teraflops"] = CONVOLUTION_FLOPS * size[0] * size[1] / seconds[name] / 1e12
             if "baseline" in names:
                 row["ratio"] = seconds[name] / seconds["baseline"]
             rows.append(row)

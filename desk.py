@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -108,12 +108,17 @@ class Jobs:
                     self.results[key] = folder, min(end, time.monotonic() + GRACE)
 
     def sweep(self):
-        """Remove the results whose time has come."""
+        """Remove the results whose time has come, and what Gradio leaves and forgets."""
         now = time.monotonic()
         with self.lock:
             old = [self.results.pop(key)[0] for key, (_, end) in list(self.results.items()) if end <= now]
         for folder in old:
             shutil.rmtree(folder, ignore_errors=True)
+        # What is uploaded and what results have folders: files beside them are of uploads that broke off, or are empty.
+        for path in Path(self.folder).iterdir():
+            with suppress(OSError):  # it has just been moved
+                if path.is_file() and time.time() - path.stat().st_mtime > GRACE:
+                    path.unlink()
 
 
 # What the tabs do

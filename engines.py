@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import find_checkpoint, load_network
+from checkpoints import BUNDLED, load_network
 from devices import HALF_PRECISIONS, resident_memory
 from export import write_onnx
 from inference import StripRunner, to_tensor
@@ -52,7 +52,7 @@ def build(name, precision, onnx):
         options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": CORES}
         model = openvino.Core().compile_model(onnx, "CPU", options)
         return lambda image: model(image)["derained"]
-    net, half = load_network(find_checkpoint()), HALF_PRECISIONS.get(precision)
+    net, half = load_network(BUNDLED / "general.pth"), HALF_PRECISIONS.get(precision)
     if name == "here":
         runner = StripRunner(net, half or torch.float32)
     else:
@@ -175,11 +175,11 @@ def compare_engines(args, precisions, report):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         onnx = str(Path(folder) / "sapnet.onnx")
-        write_onnx(load_network(find_checkpoint()), onnx)
+        write_onnx(load_network(BUNDLED / "general.pth"), onnx)
         for height, width in args.sizes:
             for precision in precisions:
                 names = [
-                    name for name, (_, precisions) in ENGINES.items() if precision in precisions
+                    name for name, (_, possible) in ENGINES.items() if precision in possible
                     and (height * width <= PLAIN_PIXELS or name in ("here", "OpenVINO"))
                 ]
                 for busy in sorted({0, *args.busy}):

@@ -351,6 +351,7 @@ class StripRunner:
         Raises:
             ValueError: another shape or type; on a CPU also values of another range, such as 0 to 255.
             RunError: the temporary file of an image that needs more than ``max_memory`` finds no room.
+            RuntimeError: several images need more memory than the GPU has; give fewer (``images_at_once``).
         """
         if rainy.dim() != 4 or rainy.shape[1] != 3 or rainy.dtype != torch.float32:
             found = f"{rainy.dtype} of shape {tuple(rainy.shape)}"
@@ -367,7 +368,7 @@ class StripRunner:
         if runs_whole(rainy):
             try:
                 return self.run_whole(rainy)
-            except RuntimeError as error:  # strips need less memory
+            except RuntimeError as error:  # one image goes on in strips, which need less; of several the caller decides
                 if len(rainy) > 1 or not out_of_memory(error):
                     raise
         return self.run_one(rainy) if len(rainy) == 1 else torch.cat([self.run_one(image) for image in rainy.split(1)])

@@ -303,7 +303,14 @@ def add_loss_options(group):
 
 
 def build_criterion(args, device, epochs):
-    """The pixel loss and those further terms that a run of so many epochs, the last perhaps in part, comes to use."""
+    """Build a run's ``DerainLoss`` from train.py's options, on ``device``, and print its terms.
+
+    Args:
+        epochs: number of the run's last epoch, from 1. If UBS would join only after it, UBS is not built.
+
+    Raises:
+        InputError: --patch_size is too small for --lpips_net, or a backbone's file is missing or another one.
+    """
     weights = {
         "psnr_loss": args.w_psnr,
         "stages": args.w_stages,

@@ -1,4 +1,4 @@
-"""How good an image is: PSNR and SSIM against a clean one, NIQE and PIQE without, all as MATLAB computes them.
+"""How good an image is: PSNR and SSIM against a clean one, NIQE and PIQE without, as MATLAB or its ports compute them.
 
     python -c "from images import read_rgb; from metrics import piqe; print(piqe(read_rgb('results/rain.jpg')))"
 
@@ -73,7 +73,11 @@ def measure(image, reference):
         image, reference: (H, W, 3) uint8 RGB.
 
     Returns:
-        {"psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"}: floats.
+        {"psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"}: floats. PSNR is infinite for equal images; SSIM is NaN where a
+        side is under 11 px.
+
+    Raises:
+        ValueError: the sizes differ.
     """
     y, y_reference = luma(image), luma(reference)
     rgb, rgb_reference = image / 255, reference / 255
@@ -124,8 +128,8 @@ def normalise(grey):
         grey: (H, W) float64 in [0, 255].
 
     Returns:
-        (H, W) float64, exactly 0 where the window shows one grey. What rounding would leave there, about 1e-14, has a
-        sign, and the signs are counted.
+        (H, W) float64, exactly 0 where the window shows one grey. Rounding would leave about 1e-14 or -1e-14 there,
+        and ``fit_aggd`` counts the signs.
     """
     window = np.exp(-np.square(np.arange(-3, 4)) / (2 * (7 / 6) ** 2))
     window /= window.sum()
@@ -260,10 +264,10 @@ def niqe(image):
 def piqe(image):
     """PIQE: how much of the detail of an image looks like noise or compression. 0 is best, 100 worst.
 
-    Venkatanath et al., "Blind image quality evaluation using perception based features", NCC 2015, as MATLAB R2021b
-    has it. Only 16x16 blocks with detail count. The image is stretched until its brightest pixel is 255, and continued
-    by its mirror image to whole blocks. Each block passes thresholds or not, so that a pixel can change the value by
-    0.1 in a photograph of 512x512.
+    Venkatanath et al., "Blind image quality evaluation using perception based features", NCC 2015, as the Python ports
+    of MATLAB's ``piqe`` have it. Only 16x16 blocks with detail count. The image is continued by its mirror image to
+    whole blocks, and, unlike in MATLAB, stretched until its brightest pixel is 255: where none is white, that lowers
+    the value (by 1.2 to 2.4 for a photograph at 0.8 to 0.4 of its brightness), and a single white pixel raises it.
 
     Args:
         image: as for ``to_rgb8``, which raises ValueError for others.

@@ -24,7 +24,7 @@ def orthogonalise(matrices):
 
 
 def is_dense_kernel(parameter):
-    """Whether a parameter is a kernel (O, I, K, K) of more than three channels on either side."""
+    """Whether a parameter is a convolution's kernel (O, I, K, K) with more than three channels on both sides."""
     return parameter.ndim == 4 and min(parameter.shape[:2]) > 3
 
 
@@ -32,8 +32,8 @@ class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum of convolution kernels (O, I, K, K) with O <= I * K * K.
 
     A step changes a kernel's (O, I*K*K) matrix by the same amount in each direction that the gradient spans, and in all
-    by about as much as Adam's would, so that Adam's learning rates fit. What is no such kernel takes Adam's steps:
-    ``build_optimizers``.
+    by about as much as Adam's would, so that Adam's learning rates fit. All other parameters are for Adam;
+    ``build_optimizers`` divides them.
 
     Args:
         kernels: the parameters.

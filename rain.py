@@ -289,7 +289,8 @@ class TrainingRain:
             rng: ``numpy.random.Generator``.
 
         Returns:
-            ``rainy`` itself, or clean + S as (P, P, 3) uint8.
+            ``rainy`` itself, or ``clean`` under new rain as (P, P, 3) uint8: clean + S, and with the preset real also
+            mist and tinted streaks (``draw_rain``).
         """
         if not clean_only and rng.random() >= self.synth + self.mix:
             return rainy

@@ -9,7 +9,7 @@ from utils import at_least
 
 
 class Conditions(NamedTuple):
-    """Those of one step."""
+    """What holds for one training step."""
 
     learning_rate: float
     recurrent_iter: int  # number of stages

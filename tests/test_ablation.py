@@ -71,6 +71,7 @@ def test_a_file_of_somebody_else_is_not_replaced(refused, tmp_path, text, resume
     assert kept.read_text() == text
 
 
+@pytest.mark.slow
 def test_options_with_which_no_run_has_begun_do_not_bind(refused, tmp_path):
     """As here, where the weights of the backbones are missing, or where train.py refuses one of its own options."""
     command = "ablation", "--data_path", make_pairs(tmp_path / "pairs"), "--val_pairs", 1, "--logs", tmp_path / "logs"

@@ -117,6 +117,7 @@ def test_a_training_step_never_waits_for_the_device():
     assert optimizers < 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_whole_image_never_waits_for_the_device(dtype):
     """In strips, as of a large image."""

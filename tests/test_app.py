@@ -266,6 +266,15 @@ def test_results_stay_for_a_while_when_their_page_is_lost(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == [] and not jobs.results
 
 
+def test_an_upload_that_broke_off_goes(tmp_path):
+    """Gradio writes it beside the folders, and moves it into one when it is complete."""
+    for name, age in (("lost", 3700), ("under way", 3500)):
+        (tmp_path / name).write_text("half a video")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    Jobs(tmp_path).sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["under way"]
+
+
 def test_a_page_that_is_lost_ends_its_job(tmp_path):
     jobs = Jobs(tmp_path)
     with pytest.raises(Cancelled), jobs.open("visitor", "video"):

@@ -75,6 +75,7 @@ def test_busy_without_engines_is_refused(refused):
     refused("bench", "--busy", 1, names=["--busy", "--engines"])
 
 
+@pytest.mark.slow
 def test_training_phases(baseline):
     device = torch.device("cpu")
     phases = bench.training_step(SAPNet(recurrent_iter=1), DerainLoss(weights={}), device)()
@@ -83,6 +84,7 @@ def test_training_phases(baseline):
     assert "second forward" in bench.training_step(plain, DerainLoss(weights={}), device, second_forward=True)()
 
 
+@pytest.mark.slow
 def test_training_is_timed_without_a_compiler(monkeypatch, run, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(bench, "SAPNet", lambda: SAPNet(recurrent_iter=1))

@@ -480,6 +480,7 @@ def test_a_run_writes_safetensors_on_request(train_tiny, tmp_path):
     assert_equal(load_weights(folder / "net_latest.safetensors"), load_weights(folder / "net_latest.pth"))
 
 
+@pytest.mark.slow
 def test_state_of_a_run_is_its_averaged_weights(train_tiny, run, one_image, tmp_path):
     folder = train_tiny("--max_steps", 3)
     assert not list(folder.glob("*.safetensors"))
@@ -929,6 +930,7 @@ def mutants(data, count):
         yield bytes(changed)
 
 
+@pytest.mark.slow
 def test_mutated_safetensors_are_read_or_refused_by_name(tmp_path):
     path, state = tmp_path / "net.safetensors", SAPNet(recurrent_iter=1, residual_conv="separable").state_dict()
     save_safetensors(path, state, OPTIONS)

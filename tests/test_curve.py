@@ -69,6 +69,7 @@ def test_a_log_that_ends_within_a_line_is_read_up_to_there(folder):
     assert curve.read_log(path) == whole, "only the line end is missing"
 
 
+@pytest.mark.slow
 def test_the_picture_is_written_into_the_folder(run, folder):
     result = run("curve", folder)
     assert result.status == 0 and result.out == f"{folder / 'curve.png'}: written\n"
@@ -82,6 +83,7 @@ def test_the_picture_is_written_into_the_folder(run, folder):
     assert {ORANGE, GREY, BLUE} <= colours(folder / "curve.png")
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_has_no_curve_of_it(run, tmp_path):
     """Nor has one that was killed within its first epoch."""
     lines = [*map(step_line, range(1, 30)), epoch_line(1)]

@@ -448,6 +448,7 @@ def test_the_classes_of_a_yaml_file_count(text, detect, data):
     assert read_table(data / "out/detection.csv")["clean", "all"]["ap_50"] == 0, "the two classes changed places"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["names: {0: car}", "names: ['it''s']", "names:\n  1: car\n", "names: other.txt"])
 def test_classes_that_are_not_read_are_not_taken_for_those_of_coco(text, detect, data):
     folder = yolo(data / "own")
@@ -634,6 +635,7 @@ def test_nothing_else_is_overwritten(name, detect, data):
     assert contents(data / "out") == {name: b"mine"}
 
 
+@pytest.mark.slow
 def test_detector_of_the_shared_folder(detect, data, shared, run):
     """On its own kind of picture it finds what is there: the first pair of Rain100H shows a bear."""
     pytest.importorskip("onnxruntime")

@@ -120,6 +120,7 @@ def test_half_precision_reports_an_error_that_is_its_own(run, lively, tmp_path):
     assert {tensor.data_type for tensor in onnx.load(path).graph.initializer} >= {onnx.TensorProto.FLOAT16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [pytest.param(2e-4, marks=pytest.mark.slow), float("nan")])
 def test_a_file_that_differs_is_refused_and_the_old_one_survives(refused, checkpoint, tmp_path, monkeypatch, error):
     program = onnx.helper.make_model(onnx.helper.make_graph([], "older", [], []))

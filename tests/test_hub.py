@@ -238,6 +238,7 @@ def test_what_a_format_does_not_keep_is_warned_of(tmp_path, rainy, derain):
         derain(save(tmp_path / "plain.png", rainy), tmp_path / "plain.jpg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "auto"])
 def test_options_are_those_of_test_py(run, tmp_path, rainy, precision):
     path = save(tmp_path / "rainy.png", rainy)
@@ -409,6 +410,7 @@ def test_without_opencv_arrays_still_work_and_files_say_what_is_missing(monkeypa
 # The page
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     """All blocks marked as Python, one after the other, but OpenVINO's, and spandrel's only where it is there."""
     monkeypatch.chdir(tmp_path)

@@ -111,6 +111,7 @@ def test_half_precision_stays_close(dtype, bound):
     assert 0 < difference(network(), torch.rand(1, 3, 48, 64), dtype) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 0.01)])
 def test_the_plain_network_where_strips_would_be_slower(monkeypatch, dtype, bound):
     """As on a GPU, with its kernels' choice forced: same result, and no strip is cut."""
@@ -265,6 +266,7 @@ FULL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "error"), [*zip([2**20, 100, 2**16, 2**15], FULL)])
 def test_a_gpu_that_is_too_full_gets_smaller_strips_and_then_the_cpu(monkeypatch, room, error, capsys):
     """The memory of a GPU, imitated: a convolution of more than ``room`` pixels does not fit."""

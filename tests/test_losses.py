@@ -86,6 +86,7 @@ def test_ssim_agrees(golden):
         assert ssim(getattr(golden, name), golden.clean).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pcl_and_its_layers_agree(golden, vgg_loss):
     images = golden.derained, golden.clean, golden.rainy
     expected = golden.values["pcl_layers(imagenet_normalised=True)"]
@@ -102,6 +103,7 @@ def test_lpips_agrees_for_each_image_and_for_the_batch(golden, lpips_loss, name)
     assert lpips_loss(image, golden.clean).item() == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", losses.LPIPS_NETS)
 def test_lpips_agrees_with_the_package(net):
     loss = LPIPSLoss(net, **RANDOM)
@@ -120,6 +122,7 @@ def test_psnr_loss_is_the_mean_of_the_images_negative_psnr():
 # Gradients
 
 
+@pytest.mark.slow
 def test_every_term_reaches_every_derained_image():
     criterion = DerainLoss("mse+ssim", {"psnr_loss": 0.02, **WEIGHTS}, **SMALL)
     derained, clean, rainy = random_images()
@@ -158,6 +161,7 @@ def test_focal_loss_gradient_and_value():
     assert focal_loss(100 * logits.sign() * torch.tensor([1, -1, -1, -1, -1]).view(5, 1, 1)).isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [True, False], ids=["real", "random"])
 def test_pcl_pulls_to_clean_and_pushes_from_rainy(real, request):
     if real:
@@ -192,6 +196,7 @@ def test_lpips_gradient_of_an_image_depends_on_that_image():
         assert differs == [k == other for other in range(len(derained))]
 
 
+@pytest.mark.slow
 def test_equal_images_give_no_nan():
     criterion = DerainLoss("mse+ssim", {"psnr_loss": 0.02, **WEIGHTS}, **SMALL)
     _, clean, rainy = random_images(1, 32)  # small: a processor without bfloat16 takes long for it
@@ -211,6 +216,7 @@ def test_lpips_gradient_is_finite_where_all_features_are_zero():
     assert_useful(gradient(lambda image: loss(image, clean), derained))
 
 
+@pytest.mark.slow
 def test_autocast_runs_the_backbones_and_leaves_the_sums_in_float32(golden, shared):
     criterion = DerainLoss(weights={"contrast": 0.4, "lpips": 1.0}, backbone_dir=shared / "weights")
     images = [image[:1, :, :32, :32] for image in (golden.derained, golden.clean, golden.rainy)]
@@ -227,6 +233,7 @@ def test_autocast_runs_the_backbones_and_leaves_the_sums_in_float32(golden, shar
 # Frozen networks
 
 
+@pytest.mark.slow
 def test_frozen_networks_do_not_move_and_stay_in_evaluation_mode():
     criterion = DerainLoss("mse", **SMALL)
     criterion.train()
@@ -248,6 +255,7 @@ def test_frozen_networks_do_not_move_and_stay_in_evaluation_mode():
     assert all(torch.equal(before[name], value) for name, value in criterion.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["resnet18", pytest.param("resnet101", marks=pytest.mark.slow)])
 def test_ubs_reaches_the_image_and_is_the_same_each_time(backbone):
     random_state = torch.get_rng_state()
@@ -330,6 +338,7 @@ def alexnet_state():
     return {**{f"features.{name}": value for name, value in features.items()}, "classifier.6.bias": torch.zeros(1000)}
 
 
+@pytest.mark.slow
 def test_full_and_convolution_only_files_are_the_same(alexnet_state, tmp_path):
     state = alexnet_state
     features = {name: value for name, value in state.items() if name.startswith("features.")}
@@ -379,6 +388,7 @@ def test_missing_file_is_explained(term, folder, tmp_path):
     assert ((str(tmp_path) in message) if folder else ("no network" in message)) and "\n" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["other", "shapes", "garbage", "nan", "shallow"])
 def test_wrong_file_is_explained(content, alexnet_state, tmp_path):
     path = tmp_path / "alexnet.pth"
@@ -417,6 +427,7 @@ def test_download_fills_the_cache(alexnet_state, tmp_path, monkeypatch, capsys):
     assert "downloading" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
     """A download that failed is tried again by the next process."""
@@ -471,6 +482,7 @@ def records(folder):
     return [line for line in lines if "epoch" in line]
 
 
+@pytest.mark.slow
 def test_terms_are_logged_and_segmentation_joins_late(small_run):
     result, folder = small_run("--epochs", 2, "--seg_start_epoch", 1, "--w_psnr", 0.02)
     assert result.status == 0, result.err
@@ -501,6 +513,7 @@ def test_resume_with_all_terms_is_exact(small_run):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_only_used_terms_need_files(small_run, refused, tmp_path):
     pretrained = "--backbone_weights", "pretrained", "--backbone_dir", tmp_path / "none", "--epochs", 1
     result, folder = small_run(*pretrained, *OFF, name="off")
@@ -522,6 +535,7 @@ def test_patch_too_small_for_lpips(small_run):
     assert result.status == 2 and "--patch_size 24: expected 31 or more for --lpips_net alex" in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", losses.LPIPS_NETS)
 def test_smallest_image(net):
     loss, smallest = LPIPSLoss(net, **RANDOM), losses.SMALLEST_IMAGE[net]

@@ -59,6 +59,7 @@ def check_images(weights, data_set, expected, output_path, chosen):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 3])
 def test_one_real_image_agrees_with_the_published_weights(expected, tmp_path, number):
     check_images(*COMBINATIONS[number], expected, tmp_path, slice(number, number + 1))
@@ -79,6 +80,7 @@ def test_the_combinations_are_all_that_were_measured(expected):
     assert {*map(" on ".join, COMBINATIONS)} == expected.keys() - {"rainy input itself"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data_set", ["Rain100H", "Rain100L"])
 def test_rainy_input_itself(shared, expected, data_set):
     pairs = find_pairs(shared / "data/test" / data_set).pairs

@@ -46,6 +46,7 @@ def test_prenet_has_the_published_parameter_count():
     assert sum(parameter.numel() for parameter in net.parameters()) == 168_963
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_float64_network_follows_its_input_and_agrees(shared, golden):
     net = load_network(weights_path(shared, "variant_split")).double()

@@ -438,6 +438,7 @@ def test_comparison_is_only_printed_without_a_place_for_it(run, pairs_dir, tmp_p
     assert is_marked(ROOT / "results/rain.jpg"), "or the command of results/rain.md is refused"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, data_set", [("light", "RainTrainL"), ("heavy", "RainTrainH"), ("heavy", "RainHeavy")])
 def test_presets_look_like_the_real_sets(shared, preset, data_set):
     """All that rain_stats.py measures, of 18 layers on the backgrounds of real pairs."""

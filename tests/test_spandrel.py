@@ -133,6 +133,7 @@ def test_it_derains_as_the_strips_do(rainy):
         model(rainy[:, :1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision_is_close(rainy, dtype):
     """Within what ``test.py --precision`` allows itself (tests/test_inference.py), and back again."""
@@ -157,6 +158,7 @@ def test_the_default_type_of_the_program_does_not_count(default):
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_in_comfyui_as_a_link_among_its_nodes(tmp_path):
     """What ComfyUI does with a file in custom_nodes, with a ``utils`` of its own; the node gives the whole result."""
     (tmp_path / "utils").mkdir()

@@ -90,6 +90,11 @@ def test_shapes_that_do_not_match_are_refused(first, second):
         ssim(torch.rand(first), torch.rand(second))
 
 
+def test_a_window_without_a_middle_is_refused():
+    with pytest.raises(ValueError, match="odd window_size, got 10"):
+        ssim(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8), window_size=10)
+
+
 class Operations(TorchDispatchMode):
     """The names of the operations that run while it is open."""
 

@@ -335,6 +335,7 @@ PUBLIC_SETS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_public_sets_are_measured(shared, test_run, name):
     """Each as it is distributed: three small pairs."""
@@ -415,6 +416,7 @@ def side_by_side(pairs_dir, folder, rainy_half):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", ["left", "right"])
 def test_halves_of_a_picture_are_a_pair(test_run, pairs_dir, tmp_path, half):
     """The result is what the split files give, with the panels too."""
@@ -585,6 +587,7 @@ def test_recursive_without_images_is_refused(refused, checkpoint, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_long_folder_is_gone_on_with(test_run, rain100):
     """What is there is measured and not derained again; what is not is derained."""
     output, _ = test_run(rain100)
@@ -606,6 +609,7 @@ def test_a_long_folder_is_gone_on_with(test_run, rain100):
     assert result.out.count("was there") == 13 and read_csv(output / "metrics.csv")[-1]["seconds"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ["--recurrent_iter", 1], ["--precision", "bf16"], ["--self_ensemble"], ["--metadata", False], ["--quality", 60],
     ["--save_path", BUNDLED / "light.pth"], "another picture", "an earlier version",
@@ -687,6 +691,7 @@ def test_all_that_is_taken_is_named(refused, checkpoint, tmp_path):
     assert "0.png" not in message and contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["png", "jpg", "webp", "same"])
 def test_results_of_an_earlier_run_are_replaced(test_run, few, form):
     """Known by their mark, metrics.csv or not; another run into the same folder has left its own."""
@@ -717,6 +722,7 @@ def test_a_row_in_the_report_makes_no_picture_ours(test_run, refused, checkpoint
     assert contents(tmp_path / "p") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rainy, clean", [("q/rain", "q/norain"), ("q/in", "q"), ("q", "q/target")])
 def test_results_are_no_clean_images(test_run, refused, checkpoint, few, tmp_path, rainy, clean):
     """Where their folder looks like that of the clean images; --clean_path asks for them all the same."""
@@ -775,6 +781,7 @@ def test_results_beside_their_inputs_are_no_inputs(test_run, tmp_path):
             assert not again or "(results of an earlier run): a_derained.png, b_derained.png" in result.out
 
 
+@pytest.mark.slow
 def test_results_beside_pairs_and_videos_are_no_inputs(test_run, shared, few):
     """Nor is such a result an image left out, which would be kept from being written again."""
     shutil.copy(shared / "cases/overwrites_neighbour/videos/a.ts", few / "clip.ts")
@@ -827,6 +834,7 @@ def seen(path):
         return np.asarray(ImageCms.profileToProfile(picture.convert("RGB"), source, target)).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["png", "jpg", "webp", "same"])
 @pytest.mark.parametrize("wide, plain", [("p3.png", "scene_srgb.png"), ("p3.jpg", "scene_srgb.png"),
                                          ("bars_p3.png", "bars_srgb.png")])
@@ -983,6 +991,7 @@ def test_rows_carry_the_path_below_the_folder(test_run, tmp_path):
     assert result.err == "test.py: error: 1 of 4 images failed: x/bad.png\n"
 
 
+@pytest.mark.slow
 def test_case_of_a_folder_with_pictures_and_videos(shared, test_run, tmp_path):
     """All of them, and every file that is neither is named once."""
     pytest.importorskip("pillow_heif")
@@ -1227,6 +1236,7 @@ def test_network_is_that_of_the_runs_arguments(test_run, one_image, tmp_path, re
     assert np.abs(read_image(output / "a.png") - others[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_published_weights_derain_a_real_image(shared, test_run, tmp_path):
     """The whole way from the command line, once."""
     for name in ("norain-001.png", "rainy/rain-001.png"):

@@ -223,6 +223,7 @@ def test_a_run_shorter_than_the_log_interval_is_logged(train_run):
     assert [step for step, _ in scalars["train/loss"]] == [1, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
 def test_logged_rate_is_the_schedules(train_run, schedule):
     """In the line of a step and in that of the epoch, which has its last step's."""
@@ -279,6 +280,7 @@ def test_a_run_takes_its_stages_and_terms_from_the_schedule(train_run):
     assert second["stages"] == pytest.approx(np.mean([line["stages"] for line in late])), "of the steps that have it"
 
 
+@pytest.mark.slow
 def test_resuming_where_the_stages_change_is_exact(train_run):
     options = {"recurrent_iter": 2, "w_psnr": 0.5, "psnr_until": 0.75, "w_stages": 0.25, "save_freq": 9}
     whole, _ = train_run("whole", "--first_stages", 1, 0.5, **options)
@@ -309,6 +311,7 @@ def test_first_logged_loss_and_psnr_are_those_of_the_first_batch(train_run, tmp_
     assert line["psnr"] == pytest.approx(each.mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ema_saves_the_average_of_the_weights(train_run):
     """Against the average taken by hand of the weights after each step, which a run that stops at each one keeps."""
     initial, _ = train_run("initial", use_stage1=False)
@@ -323,6 +326,7 @@ def test_ema_saves_the_average_of_the_weights(train_run):
     assert any(not torch.allclose(saved[name], weights[name], atol=1e-4) for name in saved)
 
 
+@pytest.mark.slow
 def test_logged_validation_is_that_of_the_saved_weights(train_run, tmp_path):
     val = make_pairs(tmp_path / "val", (4, 5))
     folder, _ = train_run(val_path=val, epochs=1, ema=0.9, recurrent_iter=2)
@@ -381,6 +385,7 @@ def test_network_runs_once_a_step(train_run):
     assert len(calls) == 2 * STEPS_AN_EPOCH
 
 
+@pytest.mark.slow
 def test_net_best_is_that_of_the_best_validation(train_run, val_dir):
     """The second epoch's learning rate spoils the weights; the resumed run knows of the first epoch's."""
     train_run(stop_after=STEPS_AN_EPOCH, val_path=val_dir)
@@ -392,6 +397,7 @@ def test_net_best_is_that_of_the_best_validation(train_run, val_dir):
     assert read_state(folder)["position"]["best_psnr_y"] == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixel_loss, w_psnr", [("ssim", 0), ("mse", 0), ("mse+ssim", 0), ("ssim", 0.02)])
 def test_loss_falls_on_one_patch(run, tmp_path, pixel_loss, w_psnr):
     folder = make_pairs(tmp_path / "pairs", (1,), 11, 11)
@@ -441,6 +447,7 @@ def test_clip_grad_bounds_the_step(train_run):
 # The speed options
 
 
+@pytest.mark.slow
 def test_amp_computes_the_network_in_half_precision_and_the_loss_in_float32(train_run):
     """And float16, whose loss is scaled, resumes to the same result as the run that did not stop."""
     types, losses = {}, {}
@@ -601,6 +608,7 @@ def test_validation_pair_of_two_sizes_is_refused_before_training(refused, pairs_
 # Stopping and resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_workers, flags",
     [
@@ -623,12 +631,14 @@ def test_a_run_stopped_three_times_equals_one_that_never_was(train_run, whole_ru
     assert_same_run(folder, whole_run(**flags))
 
 
+@pytest.mark.slow
 def test_the_same_stop_after_again_does_not_stop_twice(train_run, whole_run, val_dir):
     train_run(stop_after=3, val_path=val_dir)
     folder, _ = train_run("run", "--resume", stop_after=3, val_path=val_dir)
     assert_same_run(folder, whole_run())
 
 
+@pytest.mark.slow
 def test_a_run_ended_by_max_steps_goes_on_without_it(train_run, whole_run, val_dir):
     """But its line of the unfinished epoch is dropped. The validation in its middle may have found a net_best."""
     train_run(max_steps=6, val_path=val_dir)
@@ -641,6 +651,7 @@ def test_a_run_ended_by_max_steps_goes_on_without_it(train_run, whole_run, val_d
     assert [line["step"] for line in steps(folder)] == [*range(1, 9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, step, last", [(signal.SIGINT, 6, 6), (signal.SIGTERM, None, STEPS_AN_EPOCH + 1)])
 def test_a_signal_stops_after_the_step(train_run, whole_run, val_dir, number, step, last):
     """In the second epoch's second step, or in the validation of the first epoch, after which a step is still made."""
@@ -710,6 +721,7 @@ def test_resume_restores_the_random_state(train_run, monkeypatch):
     assert_same_run(cut, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first, stop_after, second, step, seen",
     [
@@ -801,6 +813,7 @@ def test_resume_on_other_data_says_what_changed(train_run, refused, pairs_dir, t
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_resume_does_not_mind_other_dates_and_another_place(train_run, whole_run, pairs_dir, val_dir, tmp_path):
     train_run(stop_after=2, val_path=val_dir)
     for path in pairs_dir.iterdir():
@@ -816,6 +829,7 @@ def test_resume_does_not_mind_other_dates_and_another_place(train_run, whole_run
     assert_same_run(moved / "run", whole_run())
 
 
+@pytest.mark.slow
 def test_initial_weights_are_not_needed_again(train_run, tmp_path):
     torch.manual_seed(5)
     checkpoint, flags = tmp_path / "initial.pth", {"epochs": 1}
@@ -854,6 +868,7 @@ def test_finished_run_resumed_changes_nothing(train_run):
         assert {name for name in after if before.get(name) != after[name]} <= {"args.json"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_epochs(train_run, whole_run, val_dir):
     train_run(epochs=1, val_path=val_dir)
     folder, result = train_run("run", "--resume", val_path=val_dir)
@@ -959,6 +974,7 @@ def test_a_folder_of_clean_photographs_trains(train_run, tmp_path):
     assert json.loads((folder / "args.json").read_text())["rain_synth"] == ["heavy", 1]
 
 
+@pytest.mark.slow
 def test_new_rain_resumes_exactly(train_run):
     rain = ["--rain_synth", "both", "0.4", "--rain_mix", "0.4", "--rain_vary", "0.5"]
     whole, _ = train_run("whole", *rain, epochs=1)

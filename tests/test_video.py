@@ -843,6 +843,7 @@ def packets_done(folder):
     return sum(path.stat().st_size for path in folder.glob("*.packets"))
 
 
+@pytest.mark.slow
 def test_two_at_once_are_refused(kept, tmp_path):
     """The second is told, and the first is not disturbed."""
     source, folder = make_clip(tmp_path / "in/clip.mp4"), tmp_path / "results"
@@ -874,6 +875,7 @@ def moving(frames=60):
     return pictures(frames, 48, 64, rain=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("suffix, at_once", [("mp4", 0), ("mkv", 2)])
 def test_a_stopped_video_is_playable_and_gone_on_with(kept, tmp_path, name, status, suffix, at_once):
@@ -1149,6 +1151,7 @@ def test_a_full_disk_keeps_the_earlier_result(kept, small_disk, tmp_path, monkey
     assert contents(disk) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_one_sentence(refused, checkpoint, small_disk, tmp_path):
     source, disk = make_clip(tmp_path / "in/clip.mp4", pictures(30, 128, 192)), small_disk("48k")
     refused(
@@ -1305,6 +1308,7 @@ def test_case_of_pixels_that_are_not_square(shared, kept):
         assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
 
 
+@pytest.mark.slow
 def test_case_of_colours(shared, kept):
     """Bars in H.264 as in the source, tagged; the grey one is neutral."""
     source = shared / "cases/video_colour/bars.mkv"
@@ -1331,6 +1335,7 @@ def test_case_of_two_sounds_and_subtitles(shared, kept):
         assert container.metadata["title"] == "TT"
 
 
+@pytest.mark.slow
 def test_case_of_a_video_that_is_stopped(shared, kept, tmp_path):
     source, folder = shared / "cases/video_sigterm/long.mp4", tmp_path / "results"
     process = child(source, folder, 0.01)

@@ -318,6 +318,7 @@ def read_liars(folder):
                     assert str(path) in str(error)
 
 
+@pytest.mark.slow
 def test_a_picture_larger_than_it_declares(tmp_path):
     fork = Fork(tmp_path / "log", read_liars, tmp_path)
     assert fork.wait(60) == 0, fork.log.read_text()

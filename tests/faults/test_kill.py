@@ -241,6 +241,7 @@ def test_killed_between_the_state_and_the_weights_of_the_last_epoch(folder):
     assert_same_run(run.folder, whole.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 0.1])
 def test_a_killed_loader_process_ends_the_run_in_a_sentence(run, pairs_dir, tmp_path, at):
     """As the kernel does it when memory runs out; the run goes on from its last save."""

@@ -63,6 +63,7 @@ def test_two_new_runs_at_once(pairs_dir, tmp_path):
     load_network(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_lock_of_a_dead_process_is_taken_over(run, endless, pairs_dir, tmp_path):
     """At once, although its loader processes live on for some seconds."""
     first = endless(num_workers=2)
@@ -95,6 +96,7 @@ def slow_packing():
     h5py.Dataset.__setitem__ = slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["done", "killed"])
 def test_second_run_waits_for_the_packing_of_the_first(pairs_dir, tmp_path, fate):
     arguments = {name: tiny(pairs_dir, tmp_path / name, epochs=1) for name in ("first", "second")}

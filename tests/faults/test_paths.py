@@ -28,6 +28,7 @@ def hard_names(folder):
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recursive", [False, True])
 def test_hard_names_are_derained_and_stay_inside(run, checkpoint, tmp_path, recursive):
     folder = tmp_path / "in"
@@ -49,6 +50,7 @@ def test_hard_names_are_derained_and_stay_inside(run, checkpoint, tmp_path, recu
         assert len(list(csv.DictReader(file))) == len(paths) + 1
 
 
+@pytest.mark.slow
 def test_hard_names_are_trained_on(run, tmp_path):
     for number, stem in enumerate(STEMS):
         for kind, image in (("target", photo(number, 12, 12)), ("input", with_rain(photo(number, 12, 12)))):
