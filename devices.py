@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import distributed
 
-from utils import InputError, RunError, boolean, counted
+from utils import InputError, RunError, boolean, counted, output_is_closed
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = 7, 0  # the first compute capability that has them, and that torch.compile can write kernels for
@@ -431,7 +431,8 @@ def as_one_run(rank, ranks, advice=""):
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        reason = lost_process(error)
+        unread = isinstance(error, BrokenPipeError) and output_is_closed()
+        reason = None if unread else lost_process(error)
         if reason is None:
             raise
         process = f"process {rank} of {ranks}: " if ranks > 1 else ""

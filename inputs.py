@@ -147,12 +147,14 @@ def find_in_folder(folder, below, args):
         places = {os.path.realpath(pair.rainy.parent): pair.rainy.parent for pair in pairs}
         places.pop(os.path.realpath(folder), None)
         files += [path for place in places.values() for path in files_in(place)]
+    disguised = {pair.rainy for pair in pairs if pair.clean is None and is_video(pair.rainy)}  # such as a video.gif
+    pairs = [pair for pair in pairs if pair.rainy not in disguised]
     used = {os.path.realpath(path) for path in (*paths_of(pairs), *unused)} | earlier
     rest = [path for path in files if os.path.realpath(path) not in used]
     clips = [path for path in rest if is_video(path)]
     if not pairs and not clips:
         where = " or below it" if args.recursive else ""
-        raise InputError(f"--test_data_path {folder}: neither images nor videos in this folder{where}")
+        raise NoImages(f"--test_data_path {folder}: neither images nor videos in this folder{where}")
 
     def place_of(path):
         return below / path.parent.relative_to(folder) if args.recursive else below
@@ -175,6 +177,9 @@ def paths_of(pairs):
 
 def find_file(path, below, args):
     """The ``Inputs`` of one file, whose result goes to the folder ``below`` under --output_path."""
+    if len(args.inputs) > 1 and earlier_results([path], path.parent, args):
+        report_left_out(path.parent, [path], "result of an earlier run")
+        return Inputs([], [], [], [], [])
     if is_video(path) or is_pattern(path) or len(args.inputs) == 1 and is_clip(path):
         return Inputs([], [(path, below)], [], [], [])
     if is_image(path):
@@ -208,7 +213,12 @@ def find_inputs(args):
         below = Path()
         if len(args.inputs) > 1:
             below = Path(os.path.relpath(path if path.is_dir() else path.parent, args.test_data_path))
-        new = find_in_folder(path, below, args) if path.is_dir() else find_file(path, below, args)
+        try:
+            new = find_in_folder(path, below, args) if path.is_dir() else find_file(path, below, args)
+        except NoImages:  # a glob may well name a folder without pictures
+            if len(args.inputs) == 1:
+                raise
+            new = Inputs([], [], [], [path], [])
         found[path] = without_known(new, known)
     inputs = Inputs(*(list(chain(*lists)) for lists in zip(*(found[path] for path in args.inputs))))
     if not inputs.pictures and not inputs.clips:

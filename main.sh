@@ -5,9 +5,10 @@
 #     bash main.sh --device cuda
 #     bash main.sh --save_path CHECKPOINT
 #
-# A set that is not under datasets/test is named, and the bundled sample is tested instead.
+# Paths in these are relative to this file's folder. A set that is not under datasets/test is named, and the bundled
+# sample is tested instead.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$(readlink -f "$0")")"
 
 missing=false
 derain() {  # SET [OPTION...]

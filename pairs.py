@@ -29,17 +29,18 @@ class Names(NamedTuple):
     rainy: str  # regular expression with one group
     clean: str
     one_folder: bool  # whether the names alone tell rainy from clean, so that both may lie in one folder
+    several: bool = False  # whether an image may have several rainy versions
 
 
 NAMES = (
     Names(r"rain[-_]?(\d+)", r"no_?rain[-_]?(\d+)", True),  # RainTrainH, RainTrainL, Rain100H, Rain100L, Rain800
     Names(r"(.+)", r"(.+)", False),  # equal names: Rain13K and its test sets, Rain200 as often repacked
-    Names(r"(.+)_\d+", r"(.+)", False),  # several rainy versions of an image: Rain12600, Rain1400
+    Names(r"(.+)_\d+", r"(.+)", False, True),  # several rainy versions of an image: Rain12600, Rain1400
     Names(r"norain-(\d+)x2", r"norain-(\d+)", False),  # Rain200H, Rain200L as distributed
     Names(r"(.+)", r"(.+?)[-_]?gt", False),  # SPA
     Names(r"(.+)_in", r"(.+)_gt", True),  # Rain12
     Names(r"(.+)_rain", r"(.+)_clean", True),  # RainDrop
-    Names(r"(.+)_s\d+_a\d+", r"(.+)", False),  # Outdoor-Rain
+    Names(r"(.+)_s\d+_a\d+", r"(.+)", False, True),  # Outdoor-Rain
 )
 
 SAME_BACKGROUND = 0.95  # correlation of thumbnails; see ``Backgrounds``
@@ -128,7 +129,7 @@ def match_names(rainy_paths, clean_paths, names):
     """Match the images of a rainy and of a clean folder, which may be the same, by one row of ``NAMES``.
 
     Returns:
-        (``Found``, two paths of one stem, so that it is not clear which belongs to the pair, or None).
+        (``Found``, two paths of which it is not clear which belongs to a pair, or None).
     """
     exact, unpadded = defaultdict(list), defaultdict(list)
     for path in clean_paths:
@@ -142,7 +143,7 @@ def match_names(rainy_paths, clean_paths, names):
         if match is None:
             continue
         partners = exact.get(match[1]) or unpadded.get(without_padding(match[1]), ())
-        stems[path.stem].append(path)
+        stems[path.stem if names.several or not partners else partners[0]].append(path)
         used.update((path, *partners))
         if partners:
             pairs.append((path, partners))
@@ -204,7 +205,8 @@ def best_match(candidates, images=None):
             if len(found.pairs) > (len(best.pairs) if best else 0):
                 best, best_twins = found, twins
     if best_twins:
-        raise InputError(f"{best_twins[0]} and {best_twins[1].name} have one name; expected one file for each image")
+        first, second = best_twins
+        raise InputError(f"{first} and {second.name} have one name or clean image; expected one file for each image")
     return best
 
 

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import re
+import select
 import signal
 import socket
 import sys
@@ -47,9 +48,24 @@ def run_script(main):
         let_first_speak()
         sys.exit(fail(error, 2))
     except (RunError, OSError) as error:
-        sys.exit(fail(error, 1))
+        closed = isinstance(error, BrokenPipeError) and output_is_closed()
+        if closed:
+            sys.stdout = open(os.devnull, "w")  # else Python complains once more when it ends
+        sys.exit(fail("stopped, as what it printed is no longer read" if closed else error, 1))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", 130))
+
+
+def output_is_closed():
+    """Whether nobody reads what is printed any more, as in ``python test.py | head``."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def fail(error, status):

@@ -378,6 +378,15 @@ def test_a_folder_that_may_not_be_read_is_one_sentence(refused, pairs_dir, monke
     refused("test", "--test_data_path", pairs_dir, names=["--test_data_path", pairs_dir, "Permission denied"])
 
 
+def test_output_that_nobody_reads_any_more(pairs_dir, tmp_path):
+    """As in ``python test.py | head -1``; it was taken for a killed loader process."""
+    arguments = ["--test_data_path", pairs_dir, "--output_path", tmp_path, "--recurrent_iter", 1, "--device", "cpu"]
+    process = run_subprocess("test.py", *arguments)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 1 and error.endswith("error: stopped, as what it printed is no longer read\n"), error
+
+
 # Counts
 
 

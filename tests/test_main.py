@@ -13,6 +13,8 @@ from conftest import ROOT
 def commands(tmp_path):
     """commands(sets, *arguments) -> the arguments of each test.py that main.sh starts, and what main.sh prints."""
     shutil.copy(ROOT / "main.sh", tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link.sh").symlink_to(tmp_path / "main.sh")
     python = tmp_path / "bin/python"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\necho "run $@"\n')
@@ -23,8 +25,8 @@ def commands(tmp_path):
             (tmp_path / "datasets/test" / name).mkdir(parents=True, exist_ok=True)
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", tmp_path / "main.sh", *arguments], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE,
-            text=True, check=True,
+            ["bash", tmp_path / "elsewhere/link.sh", *arguments], env={**os.environ, "PATH": path},
+            stdout=subprocess.PIPE, text=True, check=True,
         )
         lines = [line.split() for line in done.stdout.splitlines()]
         started = [line[1:] for line in lines if line[0] == "run"]

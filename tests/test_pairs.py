@@ -337,6 +337,16 @@ def test_clean_path_names_the_clean_folder(tmp_path):
         find_pairs(tmp_path / "wet", clean_folder=tmp_path / "others")
 
 
+@pytest.mark.parametrize("twin", ["rain-01.png", "Rain-1.png", "rain_1.png"])
+def test_two_rainy_images_of_one_clean_image_are_an_error_that_names_both(tmp_path, twin):
+    touch(tmp_path, ["rain-1.png", twin, "norain-001.png", "rain-2.png", "norain-2.png"])
+    with pytest.raises(InputError, match="one clean image|one name") as caught:
+        find_pairs(tmp_path)
+    assert "rain-1.png" in str(caught.value) and twin in str(caught.value)
+    touch(tmp_path / "other", ["rain-1.png", "rain-01.png", "norain-1.png", "norain-01.png"])
+    assert len(find_pairs(tmp_path / "other").pairs) == 2, "each has its own"
+
+
 def test_clean_path_may_be_the_folder_itself(tmp_path):
     touch(tmp_path, ["1_in.png", "1_gt.png", "2_in.png"])
     pairs, alone, _ = find_pairs(tmp_path, clean_folder=tmp_path)

@@ -960,6 +960,25 @@ def test_a_glob_may_have_caught_other_files(test_run, refused, checkpoint, tmp_p
     assert "1 image in" in result.out and "not processed: more.txt, notes.txt" in result.out.splitlines()
 
 
+def test_a_glob_may_have_caught_a_folder_without_pictures_and_a_broken_link(test_run, tmp_path):
+    save(tmp_path / "in/a.png", photo(1, 12, 12))
+    (tmp_path / "in/empty").mkdir()
+    (tmp_path / "in/b.png").symlink_to(tmp_path / "none.png")
+    output, result = test_run(sorted((tmp_path / "in").iterdir()), status=1)
+    assert (output / "a.png").exists() and "not processed: empty\n" in result.out
+    assert result.err == "test.py: error: 1 of 2 images failed: b.png\n"
+
+
+@pytest.mark.parametrize("place", ["in", "in/derained"])
+def test_a_glob_may_catch_its_own_results_the_second_time(run, checkpoint, tmp_path, place):
+    save(tmp_path / "in/a.png", photo(1, 12, 12))
+    options = "--save_path", checkpoint, "--output_path", tmp_path / place, "--suffix", "_1"
+    for _ in range(2):
+        result = run("test", *options, "--test_data_path", *sorted((tmp_path / "in").glob("*")))
+        assert result.status == 0 and "1 image in" in result.out, result
+    assert "(result" in result.out and "of an earlier run): a_1.png" in result.out
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_folder_and_a_file_in_it(test_run, few, tmp_path, first):
     """The file is taken once, with its clean image, and in the place of the folder; so are files that are neither."""
@@ -1007,6 +1026,16 @@ def test_case_of_a_folder_with_pictures_and_videos(shared, test_run, tmp_path):
     assert result.err == "test.py: error: 2 of 6 files failed: damaged.jpg, damaged.mov\n"
     assert result.out.count("readme.txt") == 1 and "not processed: readme.txt" in result.out.splitlines()
     assert ".hidden" not in result.out
+
+
+@pytest.mark.parametrize("flags", [(), ("--recursive",)])
+def test_a_video_that_is_called_a_picture_is_found_by_its_content(test_run, shared, tmp_path, flags):
+    save(tmp_path / "in/photo.png", photo(1, 12, 12))
+    (tmp_path / "in/old.png").mkdir()
+    shutil.copy(shared / "cases/still_suffixes/folder/plain.mp4", tmp_path / "in/funny.gif")
+    output, _ = test_run(tmp_path / "in", "--recurrent_iter", 1, *flags)
+    stems = {path.stem for path in output.iterdir()}
+    assert stems == {"photo", "metrics", "funny"} and not (output / "funny.png").exists()
 
 
 def test_what_macos_leaves_beside_files_is_no_input(test_run, shared, tmp_path):
