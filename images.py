@@ -97,8 +97,11 @@ class NoImages(InputError):
 
 def list_images(folder):
     """The paths of the images directly in ``folder``, in natural order."""
-    with os.scandir(folder) as entries:  # which know without a look at the disk what is a folder
-        paths = [Path(folder, entry.name) for entry in entries if not entry.is_dir()]
+    with os.scandir(folder) as entries:  # which know without a look at the disk what is a folder, but for links
+        paths = [
+            Path(folder, entry.name) for entry in entries
+            if not (os.path.isdir(entry) if entry.is_symlink() else entry.is_dir())
+        ]
     return sorted((path for path in paths if not is_shadow(path) and is_image(path)), key=natural_key)
 
 

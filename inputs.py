@@ -120,6 +120,8 @@ def find_set(folder, earlier, args):
     alone, unused = (
         [path for path in paths if os.path.realpath(path) not in earlier] for paths in (found.alone, found.unused)
     )
+    named = {os.path.realpath(path) for path in args.inputs}  # by themselves, so that they are not left out
+    unused = [path for path in unused if os.path.realpath(path) not in named]
     report_left_out(folder, unused)
     if alone and found.pairs:
         names = ", ".join(printable(image.name) for image in alone)
@@ -207,12 +209,16 @@ def without_known(inputs, known):
 
 def find_inputs(args):
     """The ``Inputs`` of all paths of --test_data_path, and a line about those that are not measured or left out."""
-    found, known = {}, set()
+    found, known, clean = {}, set(), {}
     # Of a folder and a file in it the folder comes first, as there the file may have its clean image.
     for path in sorted(args.inputs, key=lambda path: not path.is_dir()):
         below = Path()
         if len(args.inputs) > 1:
             below = Path(os.path.relpath(path if path.is_dir() else path.parent, args.test_data_path))
+        if path.is_file() and os.path.realpath(path) in clean:
+            clean[os.path.realpath(path)] = path
+            found[path] = Inputs([], [], [], [], [])
+            continue
         try:
             new = find_in_folder(path, below, args) if path.is_dir() else find_file(path, below, args)
         except NoImages:  # a glob may well name a folder without pictures
@@ -220,6 +226,10 @@ def find_inputs(args):
                 raise
             new = Inputs([], [], [], [path], [])
         found[path] = without_known(new, known)
+        others = [pair.clean for pair, *_ in new.pictures if pair.clean not in (None, pair.rainy)]
+        clean |= {os.path.realpath(path): None for path in others}
+    named = sorted(filter(None, clean.values()), key=natural_key)
+    report_left_out(args.test_data_path, named, "clean images of others")
     inputs = Inputs(*(list(chain(*lists)) for lists in zip(*(found[path] for path in args.inputs))))
     if not inputs.pictures and not inputs.clips:
         raise InputError(f"--test_data_path {args.inputs[0]}: neither an image nor a video, as all the others")

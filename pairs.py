@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,13 +137,13 @@ def match_names(rainy_paths, clean_paths, names):
         match = re.fullmatch(names.clean, path.stem, re.DOTALL | re.IGNORECASE)
         if match:
             exact[match[1]].append(path)
-            unpadded[without_padding(match[1])].append(path)
+            unpadded[without_padding(match[1].lower())].append(path)
     pairs, alone, stems, used = [], [], defaultdict(list), set()
     for path in rainy_paths:
         match = re.fullmatch(names.rainy, path.stem, re.DOTALL | re.IGNORECASE)
         if match is None:
             continue
-        partners = exact.get(match[1]) or unpadded.get(without_padding(match[1]), ())
+        partners = exact.get(match[1]) or unpadded.get(without_padding(match[1].lower()), ())
         stems[path.stem if names.several or not partners else partners[0]].append(path)
         used.update((path, *partners))
         if partners:
@@ -154,14 +155,19 @@ def match_names(rainy_paths, clean_paths, names):
     return Found([Pair(path, partners[0]) for path, partners in pairs], alone, unused), twins
 
 
+def plain_name(name):
+    """A folder's name in lower case, with _ for a space or a hyphen."""
+    return re.sub("[ -]", "_", name.lower())
+
+
 def subfolders(folder, names):
-    """{name: folder} of those ``names`` (in lower case, "." for ``folder`` itself) that ``folder`` has, in any case."""
+    """{name: folder} of those ``names`` that ``folder`` has by ``plain_name``; "." is ``folder`` itself."""
     there = {}
     for name in names:
         places = [folder]
         for part in name.split("/") if name != "." else ():
             places = sorted(child for place in places for child in place.iterdir()
-                            if child.name.lower() == part and child.is_dir())
+                            if plain_name(child.name) == part and child.is_dir())
         if places:
             there[name] = places[0]
     return there
@@ -172,11 +178,13 @@ def candidate_folders(folder):
 
     ``folder`` may also be the data set's folder of rainy images, such as Rain100H/rainy.
     """
-    roots, place = {folder: RAINY_FOLDERS}, folder.resolve()
-    for name in RAINY_FOLDERS:
+    roots = {folder: RAINY_FOLDERS}
+    # A link may stand beside the clean images, or lead to a folder beside them.
+    places = {Path(os.path.abspath(folder)), folder.resolve()}
+    for place, name in product(sorted(places), RAINY_FOLDERS):
         parts = name.split("/")
         for depth in range(1, len(parts) + 1):
-            if [part.lower() for part in place.parts[-depth:]] == parts[:depth]:
+            if [plain_name(part) for part in place.parts[-depth:]] == parts[:depth]:
                 roots.setdefault(place.parents[depth - 1], []).append(name)
     for root, rainy_folders in roots.items():
         clean_folders = subfolders(root, CLEAN_FOLDERS).values()
@@ -204,10 +212,16 @@ def best_match(candidates, images=None):
             found, twins = match_names(rainy, clean, names)
             if len(found.pairs) > (len(best.pairs) if best else 0):
                 best, best_twins = found, twins
-    if best_twins:
-        first, second = best_twins
-        raise InputError(f"{first} and {second.name} have one name or clean image; expected one file for each image")
+    refuse_twins(best_twins)
     return best
+
+
+def refuse_twins(paths):
+    """Refuse two or more files of which it is not clear which belongs to a pair; ``paths`` is None where all is."""
+    if paths:
+        raise InputError(
+            f"{paths[0]} and {paths[1].name} have one name or clean image; expected one file for each image"
+        )
 
 
 def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None, required=True, ways_out=()):
@@ -241,6 +255,10 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
     if required or not paths:  # a folder of photographs may well have a data set below it
         refuse_parent_of_sets(folder, option)
     if rainy_half and paths:
+        stems = defaultdict(list)
+        for path in paths:
+            stems[path.stem].append(path)
+        refuse_twins(next((both for both in stems.values() if len(both) > 1), None))
         return Found([Pair(path, path, rainy_half) for path in paths], [], [])
     beside = clean_images_beside(folder)
     if required:
@@ -396,7 +414,11 @@ class Backgrounds:
         vectors, reference = self.describe(pairs), self.describe(others)
         mirrored = reference.reshape(-1, 16, 16)[:, :, ::-1].reshape(-1, 256)
         similarity = np.maximum(vectors @ reference.T, vectors @ mirrored.T)
-        return [others[row.argmax()] if row.max() >= SAME_BACKGROUND else None for row in similarity]
+        of_file = {other[1:]: other for other in others}  # which is its own background, even of a single colour
+        return [
+            of_file.get(pair[1:]) or (others[row.argmax()] if row.max() >= SAME_BACKGROUND else None)
+            for pair, row in zip(pairs, similarity)
+        ]
 
 
 def thumbnail(pair):

@@ -13,6 +13,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -403,19 +404,18 @@ def find_photographs(folder):
     """The paths of the images in the folder of --clean, without the rainy ones of pairs that lie there.
 
     Raises:
-        InputError: there is none.
+        InputError: no images, or the rainy ones of pairs whose clean images lie elsewhere.
     """
     photographs = find_images(folder, "--clean")
     found = pairs_directly_in(folder)
     if found is None:
         return photographs
+    if all(Path(folder).resolve() != pair.clean.parent.resolve() for pair in found.pairs):
+        raise InputError(f"--clean {folder}: the rainy images of pairs; expected images without rain")
     print(f"{folder}: {counted(len(found.pairs), 'rainy image')} of pairs left out")
     report_left_out(folder, found.alone)
     rainy = {os.path.realpath(path) for path in (*found.alone, *(pair.rainy for pair in found.pairs))}
-    photographs = [path for path in photographs if os.path.realpath(path) not in rainy]
-    if not photographs:
-        raise InputError(f"--clean {folder}: holds rainy images of pairs alone; expected images without rain")
-    return photographs
+    return [path for path in photographs if os.path.realpath(path) not in rainy]
 
 
 @contextmanager

@@ -281,7 +281,7 @@ def changed_data(before, now, there="then", here="now"):
         folder = new["folder"]
         for name, words, noun in (("size", "patches of {} px", None), ("images", "{}", "image"),
                                   ("patches", "{}", "patch"), ("count", "counted {}", "time")):
-            if old.get(name) != new.get(name):
+            if old.get(name) != new.get(name) and None not in (old.get(name), new.get(name)):
                 numbers = (counted(each.get(name), noun) if noun else each.get(name) for each in (old, new))
                 then, now = map(words.format, numbers)
                 return f"{folder}: {then} {there}, {now} {here}"

@@ -106,6 +106,12 @@ def test_packing_happens_once_and_again_after_a_change(pairs_dir, tmp_path, caps
     os.utime(pairs_dir / "norain-3.png", ns=(0, 0))  # an edit may keep the size
     prepare(pairs_dir, packed_dir)
     assert packed_because() == "the folder has changed"
+    times = os.stat(pairs_dir / "norain-3.png")
+    (tmp_path / "other.png").write_bytes((pairs_dir / "norain-3.png").read_bytes()[:-1] + b"x")
+    os.utime(tmp_path / "other.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (tmp_path / "other.png").rename(pairs_dir / "norain-3.png")  # of the same size and date, as from an archive
+    prepare(pairs_dir, packed_dir)
+    assert packed_because() == "the folder has changed"
     assert len(list(packed_dir.iterdir())) == 1, "each time the same file"
 
 

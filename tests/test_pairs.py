@@ -347,6 +347,32 @@ def test_two_rainy_images_of_one_clean_image_are_an_error_that_names_both(tmp_pa
     assert len(find_pairs(tmp_path / "other").pairs) == 2, "each has its own"
 
 
+def test_twins_of_halves_are_an_error(tmp_path):
+    touch(tmp_path, ["1.jpg", "1.png", "2.png"])
+    with pytest.raises(InputError, match="1.jpg and 1.png"):
+        find_pairs(tmp_path, rainy_half="left")
+
+
+def test_folders_with_spaces_and_names_in_another_case(tmp_path):
+    touch(tmp_path / "set", ["rainy image/IMG_1.JPG", "Ground Truth/img_0001.png"])
+    for folder in (tmp_path / "set", tmp_path / "set/rainy image"):
+        assert len(find_pairs(folder).pairs) == 1
+
+
+def test_the_clean_images_beside_a_link_to_the_rainy_ones_are_found(tmp_path):
+    touch(tmp_path, ["store/a/1.png", "store/b/1.png"])
+    (tmp_path / "set").mkdir()
+    for name, place in (("input", "a"), ("target", "b")):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "store" / place)
+    assert relative(find_pairs(tmp_path / "set/input").pairs, tmp_path) == [("set/input/1.png", "set/target/1.png")]
+
+
+def test_a_file_is_its_own_background_even_of_one_colour(tmp_path):
+    save(tmp_path / "grey.png", np.full((20, 20, 3), 128, np.uint8))
+    first, second = (Pair(tmp_path / name, tmp_path / "grey.png") for name in ("rain-1.png", "rain-2.png"))
+    assert Backgrounds().partners([first], [second]) == [second]
+
+
 def test_clean_path_may_be_the_folder_itself(tmp_path):
     touch(tmp_path, ["1_in.png", "1_gt.png", "2_in.png"])
     pairs, alone, _ = find_pairs(tmp_path, clean_folder=tmp_path)

@@ -132,6 +132,7 @@ def test_the_rainy_images_of_pairs_are_no_photographs(run, pairs_dir, tmp_path):
 def test_a_folder_of_rainy_images_alone_has_no_photographs(refused, tmp_path, monkeypatch):
     save(tmp_path / "set/norain-001.png", photo(1))
     save(tmp_path / "set/rainy/rain-001.png", with_rain(photo(1)))
+    save(tmp_path / "set/rainy/rain-001 copy.png", with_rain(photo(1)))
     monkeypatch.chdir(tmp_path)
     for folder in ("set/rainy", tmp_path / "set/rainy"):
         refused("rain", "--clean", folder, "--out", "out", names=[folder, "images without rain"])

@@ -969,6 +969,15 @@ def test_a_glob_may_have_caught_a_folder_without_pictures_and_a_broken_link(test
     assert result.err == "test.py: error: 1 of 2 images failed: b.png\n"
 
 
+def test_a_glob_within_a_set_takes_no_clean_image_of_it(test_run, tmp_path):
+    for number in (1, 2):
+        save(tmp_path / f"set/norain-00{number}.png", photo(number, 12, 12))
+    save(tmp_path / "set/rainy/rain-001.png", with_rain(photo(1, 12, 12)))
+    output, result = test_run(sorted((tmp_path / "set").iterdir()))
+    assert set(contents(output)) == {"rainy/rain-001.png", "norain-002.png", "metrics.csv"}
+    assert "left out 1 (clean images of others): norain-001.png" in result.out and result.out.count("left out") == 1
+
+
 @pytest.mark.parametrize("place", ["in", "in/derained"])
 def test_a_glob_may_catch_its_own_results_the_second_time(run, checkpoint, tmp_path, place):
     save(tmp_path / "in/a.png", photo(1, 12, 12))
