@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from utils import InputError
-from video_input import MAX_PIXELS
+from video_input import MAX_PIXELS, UNSPECIFIED
 
 # Colours, by their numbers in ITU-T H.273. The network has seen pictures for common screens (SDR) only.
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
@@ -123,18 +123,25 @@ def choose_target(codec, source, width, height):
     return min(costs, key=costs.get)
 
 
-def choose_matrix(picture, kind, path):
-    """The numbers of matrix and range for a picture, as players take them where it does not say."""
+def colours_of(picture, source):
+    """{name: number} of a picture's colours for the names in ``UNSPECIFIED``, from the container if it does not say."""
+    own = {name: getattr(picture, name) for name in UNSPECIFIED}
+    return {name: source.colours[name] if value == UNSPECIFIED[name] else value for name, value in own.items()}
+
+
+def choose_matrix(picture, colours, kind, path):
+    """The numbers of matrix and range for a picture, as players take them where ``colours`` do not say."""
     usual = 1 if picture.height >= 720 else 6
     if kind == "rgb":
         return usual, LIMITED
-    if picture.colorspace not in MATRICES | UNKNOWN_MATRICES:
+    matrix = colours["colorspace"]
+    if matrix not in MATRICES | UNKNOWN_MATRICES:
         raise InputError(
-            f"--test_data_path {path}: its colours have a form that is not known here (matrix {picture.colorspace} of"
-            " H.273); expected BT.601, BT.709 or BT.2020"
+            f"--test_data_path {path}: its colours have a form that is not known here (matrix {matrix} of H.273);"
+            " expected BT.601, BT.709 or BT.2020"
         )
-    full = picture.color_range == FULL or picture.format.name.startswith("yuvj")
-    return (picture.colorspace if picture.colorspace in MATRICES else usual), FULL if full else LIMITED
+    full = colours["color_range"] == FULL or picture.format.name.startswith("yuvj")
+    return (matrix if matrix in MATRICES else usual), FULL if full else LIMITED
 
 
 def choose_form(picture, source, codec):
@@ -143,16 +150,15 @@ def choose_form(picture, source, codec):
     Raises:
         InputError: the video is HDR or has colours in another form that is not known here, or is too large.
     """
-    path, kind = source.path, sampling(picture.format.name).kind
-    if picture.color_trc in HDR_TRANSFERS:
+    path, kind, colours = source.path, sampling(picture.format.name).kind, colours_of(picture, source)
+    if hdr := HDR_TRANSFERS.get(colours["color_trc"]):
         raise InputError(
-            f"--test_data_path {path}: an HDR video ({HDR_TRANSFERS[picture.color_trc]}); expected one in SDR, as the"
-            " network has seen no other"
+            f"--test_data_path {path}: an HDR video ({hdr}); expected one in SDR, as the network has seen no other"
         )
     if picture.width * picture.height > MAX_PIXELS:
         size = f"{picture.width}x{picture.height}"
         raise InputError(f"--test_data_path {path}: {size}; expected at most {MAX_PIXELS:,} pixels")
-    matrix, value_range = choose_matrix(picture, kind, path)
+    matrix, value_range = choose_matrix(picture, colours, kind, path)
     target = choose_target(codec, picture.format.name, picture.width, picture.height)
     source_range = value_range
     if sampling(target).kind == "rgb":
@@ -164,7 +170,8 @@ def choose_form(picture, source, codec):
     return Form(
         width=picture.width, height=picture.height, source=picture.format.name, target=target,
         deep=sampling(picture.format.name).bits > 8, matrix=matrix, source_range=source_range, range=value_range,
-        primaries=picture.color_primaries, transfer=picture.color_trc, aspect=stream and stream.sample_aspect_ratio,
+        primaries=colours["color_primaries"], transfer=colours["color_trc"],
+        aspect=stream and stream.sample_aspect_ratio,
         turn=turn and struct.unpack("=9i", turn),
     )
 

@@ -29,6 +29,7 @@ DEMUXERS = (
 MAX_PIXELS = 2**25  # of a frame; 8K has 33 million
 MAX_FAILURES = 100  # errors of the file format in a row after which a video is over
 SEQUENCE_RATE = 25  # frames a second of numbered pictures
+UNSPECIFIED = {"color_primaries": 2, "color_trc": 2, "colorspace": 2, "color_range": 0}  # numbers of H.273 and FFmpeg
 NUMBER = re.compile(r"%(?:0(\d+))?d")  # as in frame_%05d.png
 
 
@@ -85,6 +86,7 @@ class VideoFile:
         time_base: unit of the time stamps, in seconds (a ``Fraction``).
         rate: mean number of frames a second (a ``Fraction``).
         count: the number of frames that the file declares or 0.
+        colours: what the container says of them, by the names in ``UNSPECIFIED``.
         zero: seconds that are subtracted from all times: the time at which the file begins where its clock may have
             any time then, as in MPEG-TS, and else 0.
         faults: sentences on what was not as it should be, once all frames have been read.
@@ -119,6 +121,8 @@ class VideoFile:
         self.faults, self.complaints = [], []
         self.stream = stream = best if best in readable else readable[0]
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        # Now, as some decoders forget what only the container says.
+        self.colours = {name: getattr(stream.codec_context, name) for name in UNSPECIFIED}
         container.flags &= ~av.container.Flags.gen_pts.value  # times of display that are guessed may go back and forth
         # In MP4, chapters and time codes are streams too. They are made again from the list and the metadata.
         self.others = [
@@ -250,6 +254,7 @@ class PictureSequence:
             raise InputError(f"--test_data_path {pattern}: no such file, and no pictures that are numbered so")
         self.path, self.paths = pattern, sorted(names, key=natural_key)
         self.others, self.metadata, self.faults, self.zero = [], {}, [], 0
+        self.colours = UNSPECIFIED
         self.rate, self.count = Fraction(SEQUENCE_RATE), len(self.paths)
         self.time_base = 1 / self.rate
 

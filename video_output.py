@@ -188,6 +188,8 @@ class StreamCopy:
             return False
         else:
             dts = stamp if packet.dts is None else packet.dts
+            if packet.duration and packet.duration > self.clock.limit:  # a subtitle's without a known end
+                packet.duration = 0
             packet.dts = self.clock.place(dts - self.shift, packet.duration or 1)
             packet.pts = packet.dts + stamp - dts
         packet.stream = self.target
@@ -432,6 +434,8 @@ class VideoWriter:
             packet.stream, packet.time_base, packet.is_keyframe = stream, self.source.time_base, key
             packet.pts, packet.duration = shown[number], ends[number] - shown[number]
             packet.dts = shown[place - ahead] if place >= ahead else shown[0] - (ahead - place) * step
+            if place == len(shown) - 1 and self.container_name in ("mp4", "mov"):
+                packet.duration = self.last_duration()  # these have no other place for how long the last frame is shown
             yield packet
 
     def mux(self, container, stream, source, copies):

@@ -246,6 +246,75 @@ def test_hard_names(kept, tmp_path, capsys, stem):
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def only_the_container_says(colours):
+    """A ``setup`` of ``make_clip``: the encoder has begun before it learns of these."""
+
+    def set_colours(container, stream):
+        stream.codec_context.open()
+        for name, value in colours.items():
+            setattr(stream.codec_context, name, value)
+
+    return set_colours
+
+
+def test_colours_that_only_the_container_knows(kept, refused, checkpoint, tmp_path):
+    """HEVC's decoder, among others, forgets them."""
+    options = {"codec": "libx265", "options": {"x265-params": "log-level=none"}}
+    bt709 = {"color_primaries": 1, "color_trc": 1, "colorspace": 1}
+    source = make_clip(tmp_path / "in/sdr.mp4", pictures(6), setup=only_the_container_says(bt709), **options)
+    with av.open(str(kept(source)[0])) as container:
+        frame = next(container.decode(video=0))
+        assert {name: getattr(frame, name) for name in bt709} == bt709
+    pq = only_the_container_says({"color_primaries": 9, "color_trc": 16, "colorspace": 9})
+    source = make_clip(tmp_path / "in/hdr.mp4", pictures(6), setup=pq, **options)
+    arguments = "--save_path", checkpoint, "--test_data_path", source, "--output_path", tmp_path / "out"
+    refused("test", *arguments, names=[source, "HDR", "PQ"])
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_the_last_frame_stays_on_as_long_as_it_did(kept, tmp_path, codec):
+    """As that of a recording of slides. MP4 knows it from the packet that is decoded last, which may be a B frame."""
+    step, last = round(Fraction(1, 30) / BASE), 3 / BASE
+    source = tmp_path / "in/slides.mp4"
+    made = make_clip(tmp_path / "made.mp4", pictures(20), options={"bf": "0"})
+    source.parent.mkdir()
+    with av.open(str(made)) as container, av.open(str(source), "w") as copy:
+        stream = copy.add_stream_from_template(container.streams.video[0])
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        packets[-1].duration = last
+        for packet in packets:
+            packet.stream = stream
+            copy.mux(packet)
+    output, _ = kept(source, codec=codec)
+    lengths = []
+    for path in (source, output):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            lengths.append(float(stream.duration * stream.time_base))
+    assert lengths == pytest.approx([float((19 * step + last) * BASE)] * 2, abs=0.05)
+
+
+def test_a_subtitle_without_an_end_does_not_cost_the_video(kept, tmp_path):
+    """FFmpeg writes 2^32 - 1 ms for those of DVDs, which is longer than MP4 can say."""
+
+    def add_pictures_of_words(container, stream):
+        words = container.add_mux_stream("dvd_subtitle")
+        words.time_base = MS
+
+        def write():
+            packet = av.Packet(bytes(range(64)))
+            packet.stream, packet.time_base, packet.pts, packet.dts, packet.duration = words, MS, 100, 100, 2**32 - 1
+            container.mux(packet)
+
+        return write
+
+    source = make_clip(tmp_path / "in/dvd.mkv", setup=add_pictures_of_words)
+    output, result = kept(source)
+    assert output.suffix == ".mp4" and len(frames_of(output)) == 12 == result.last
+    with av.open(str(output)) as container:
+        assert [stream.type for stream in container.streams] == ["video", "subtitle"]
+
+
 # Times
 
 
