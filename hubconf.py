@@ -196,8 +196,9 @@ class _Derain:
                 is not changed. Or a PIL image, or the path of a picture of any format that ``test.py`` reads. As
                 there, grey becomes RGB, and a picture is turned as its EXIF orientation says.
             output: only with a path: the path of a new file to write, .png, .tif, .jpg or .webp, with the input's
-                colour profile and its EXIF data. JPEG has no alpha, and like WebP 8 bits: a ``UserWarning`` tells
-                where that loses some of the picture.
+                colour profile and its EXIF data. JPEG has no alpha, and like WebP 8 bits; only PNG has a place for
+                colours without a profile, and none has it for a profile of grey or CMYK. A ``UserWarning`` tells of
+                such a loss.
 
         Returns:
             The same kind. For an array one of the same shape and type. For a PIL image one in mode RGB or RGBA, with
@@ -269,9 +270,13 @@ class _Derain:
         kind = images.WRITTEN[output.suffix.lower()]
         lost = ["alpha"] * (kind == "JPEG" and image.shape[2] == 4)
         lost += ["16 bits"] * (kind in ("JPEG", "WEBP") and image.dtype != np.uint8)
+        ways_out = ".png and .tif do"
+        if metadata.loses_colours(kind):
+            lost.append("colour profile, of grey or CMYK," if metadata.foreign else "colour space")
+            ways_out = "an RGB profile would be kept" if metadata.foreign else ".png does"
         if lost:
             warnings.warn(
-                f"output: {output}: {kind} does not keep the {' and '.join(lost)} of {path}; .png and .tif do",
+                f"output: {output}: {kind} does not keep the {' and '.join(lost)} of {path}; {ways_out}",
                 stacklevel=3,  # the caller of ``__call__``
             )
         derained = self._derain_array(image)

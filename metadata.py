@@ -27,6 +27,10 @@ KEPT_TAGS = (270, 271, 272, 282, 283, 296, SOFTWARE, 306, 315, 316, 33432, EXIF_
 DROPPED_TAGS = (40962, 40963, 37500)
 COLOUR_CHUNKS = (b"cICP", b"gAMA", b"cHRM", b"sRGB")  # of PNG
 SRGB = b"\1", b"\x0d"  # primaries and transfer function, as AVIF, HEIC and PNG number them
+USUAL = {  # the content of such chunks that says no more than that the colours are those of sRGB
+    b"cICP": b"".join(SRGB) + b"\0\1", b"gAMA": struct.pack(">I", 45455),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+}
 
 
 class Metadata(NamedTuple):
@@ -36,6 +40,15 @@ class Metadata(NamedTuple):
     exif: dict = {}  # {tag: value}, with a dictionary for each directory within; no orientation, no thumbnail
     colour: dict = {}  # {name: data} of a PNG's ``COLOUR_CHUNKS``
     software: str | None = None  # the program that wrote the file
+    foreign: bool = False  # whether the file has a profile of grey or CMYK, which does not fit an RGB result
+
+    def loses_colours(self, kind):
+        """Whether a file of this kind ("PNG", ...) cannot say what colours its numbers are."""
+        if self.foreign:
+            return True
+        if kind == "PNG" or self.profile or b"sRGB" in self.colour:
+            return False
+        return any(value != USUAL.get(name) for name, value in self.colour.items())
 
 
 # Reading
@@ -90,6 +103,7 @@ def metadata_of(image, path):
         exif = {}
     profile = image.info.get("icc_profile") or (profile_of_jp2(path) if image.format == "JPEG2000" else None)
     # A profile of CMYK or grey would be wrong for the RGB that such pixels are converted to.
+    foreign = bool(profile) and profile[16:20] in (b"GRAY", b"CMYK") and profile[36:40] == b"acsp"
     if not profile or profile[16:20] != b"RGB " or profile[36:40] != b"acsp":
         profile = None
     colour = {}
@@ -100,7 +114,8 @@ def metadata_of(image, path):
         if box and box.groups() != SRGB:
             colour[b"cICP"] = box[1] + box[2] + b"\0\1"
     software = image.info.get("Software") or exif.get(SOFTWARE)
-    return Metadata(profile, exif, colour, software.decode("latin-1") if isinstance(software, bytes) else software)
+    software = software.decode("latin-1") if isinstance(software, bytes) else software
+    return Metadata(profile, exif, colour, software, foreign)
 
 
 def as_bytes(value):

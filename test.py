@@ -277,8 +277,9 @@ def process(runner, job, device, saving=Saving(), no_reference=False):
 
     Returns:
         (its row of the report: name, metrics where there is a clean image, seconds of the network, "reduced" where the
-        format did not take its alpha or 16 bits, and "renewed" where another result was there in spite of --overwrite
-        False; its thumbnail for the contact sheet, or None without a panel).
+        format did not take its alpha or 16 bits, "recoloured" where it cannot say what colours these are, and "renewed"
+        where another result was there in spite of --overwrite False; its thumbnail for the contact sheet, or None
+        without a panel).
 
     Raises:
         InputError: this image fails, and another may not.
@@ -311,6 +312,7 @@ def process(runner, job, device, saving=Saving(), no_reference=False):
     # 3. Save
     if result is not None:
         save(job.output, result, metadata, saving.quality, mark)
+        row["recoloured"] = metadata.loses_colours(WRITTEN[job.output.suffix.lower()])
 
     # 4. Measure what was written, and show both
     with faults_of(pair.rainy):
@@ -377,6 +379,7 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
 
     rows = [row for _, row, _, _ in everyone if row]
     reduced = [row["image"] for row in rows if row.pop("reduced", False)]
+    recoloured = [row["image"] for row in rows if row.pop("recoloured", False)]
     renewed = sum(row.pop("renewed") for row in rows)
     thumbnails = [small for _, _, small, _ in everyone if small is not None]
     if rows:
@@ -393,6 +396,9 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
         print(f"--overwrite False: derained again {results} of other pictures, weights, options or versions")
     if reduced:
         print(f"--format {args.format} has not kept the alpha or 16 bits of {len(reduced)}: {', '.join(reduced)}")
+    if recoloured:
+        why = "profiles of grey or CMYK do not fit RGB, and only .png has a place for colours without a profile"
+        print(f"may look different in {len(recoloured)}, as {why}: {', '.join(recoloured)}")
     if thumbnails:
         sheet_path, number = args.output_path / SHEET, counted(len(thumbnails), "image")
         save(sheet_path, contact_sheet(thumbnails), Metadata())

@@ -1047,6 +1047,20 @@ def test_a_video_that_is_called_a_picture_is_found_by_its_content(test_run, shar
     assert stems == {"photo", "metrics", "funny"} and not (output / "funny.png").exists()
 
 
+def test_colours_that_a_result_cannot_name_are_told_of(test_run, tmp_path):
+    """A profile of grey, and Display P3 in a chunk of its own; not what says the colours of sRGB in such a chunk."""
+    (tmp_path / "in").mkdir()
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[16:20] = b"GRAY"
+    Image.fromarray(photo(1, 12, 12)[..., 0]).save(tmp_path / "in/grey.png", icc_profile=bytes(profile))
+    write_image(tmp_path / "in/p3.png", photo(2, 12, 12), Metadata(colour={b"cICP": b"\x0c\x0d\0\1"}))
+    write_image(tmp_path / "in/srgb.png", photo(3, 12, 12), Metadata(colour={b"gAMA": (45455).to_bytes(4, "big")}))
+    for form, names in (("png", "grey.png"), ("jpg", "grey.png, p3.png")):
+        _, result = test_run(tmp_path / "in", "--format", form, "--output_path", tmp_path / form)
+        (line,) = [line for line in result.out.splitlines() if "may look different" in line]
+        assert line.endswith(f": {names}"), line
+
+
 def test_what_macos_leaves_beside_files_is_no_input(test_run, shared, tmp_path):
     save(tmp_path / "in/below/a.png", photo(1, 12, 12))
     for name in ("below/._a.png", "._clip.mp4"):
