@@ -462,6 +462,7 @@ def train_tiny(run, pairs_dir, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_a_run_writes_safetensors_on_request(train_tiny, tmp_path):
     folder = train_tiny("--max_steps", 3, "--safetensors")
     weights = load_weights(folder / "net_latest.pth")
@@ -733,6 +734,7 @@ def test_damaged_arguments_beside_a_checkpoint(test_refused, checkpoint, text):
     test_refused(checkpoint, names=[path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["new format", "old format", "safetensors"])
 def test_checkpoint_cut_anywhere_is_an_input_error(tmp_path, form):
     path = tmp_path / "weights.pth"

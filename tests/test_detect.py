@@ -265,6 +265,7 @@ def read_table(path):
     }
 
 
+@pytest.mark.slow
 def test_the_table_of_several_methods(detect, data):
     """On a clean picture (m = 0.78) a person and a car; on a rainy one (m = 0.39) the person, and a dog too much."""
     result = detect("--results_path", data / "good", data / "idle")

@@ -175,6 +175,7 @@ def test_pcl_pulls_to_clean_and_pushes_from_rainy(real, request):
     assert to_rainy == sorted(to_rainy)
 
 
+@pytest.mark.slow
 def test_gradient_reaches_the_derained_image_only():
     criterion = DerainLoss("mse", **SMALL)
     images = [image.requires_grad_() for image in random_images()]
@@ -376,6 +377,7 @@ TERMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("folder", [True, False], ids=["backbone_dir", "download"])
 def test_missing_file_is_explained(term, folder, tmp_path):
@@ -411,6 +413,7 @@ def test_wrong_file_is_explained(content, alexnet_state, tmp_path):
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_download_fills_the_cache(alexnet_state, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 

@@ -51,6 +51,7 @@ def assert_is(model, net):
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", ["general", "light", "real"])
 def test_bundled_weights(name, suffix):

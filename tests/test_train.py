@@ -669,6 +669,7 @@ def test_a_signal_in_the_last_step_changes_nothing(train_run, whole_run, val_dir
     assert_same_run(folder, whole_run())
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(train_run, whole_run, val_dir):
     with struck(signal.SIGINT, 7), struck(signal.SIGINT, 7):
         folder, result = train_run(val_path=val_dir, save_steps=3, status=130)

@@ -53,6 +53,7 @@ def test_second_run_in_a_folder_is_refused(refused, endless, pairs_dir, tmp_path
     wait_for(lambda: (tmp_path / "run/train_state.pth").stat().st_mtime_ns > seen, first)
 
 
+@pytest.mark.slow
 def test_two_new_runs_at_once(pairs_dir, tmp_path):
     """Neither has saved anything yet: the folder alone does not tell them."""
     arguments = tiny(pairs_dir, tmp_path / "run")
