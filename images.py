@@ -92,7 +92,7 @@ def is_shadow(path):
 
 
 class NoImages(InputError):
-    """A folder without images."""
+    """A folder without images, or without images and videos."""
 
 
 def list_images(folder):

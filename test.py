@@ -398,7 +398,7 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
         print(f"--format {args.format} has not kept the alpha or 16 bits of {len(reduced)}: {', '.join(reduced)}")
     if recoloured:
         why = "profiles of grey or CMYK do not fit RGB, and only .png has a place for colours without a profile"
-        print(f"may look different in {len(recoloured)}, as {why}: {', '.join(recoloured)}")
+        print(f"{counted(len(recoloured), 'result')} may look different, as {why}: {', '.join(recoloured)}")
     if thumbnails:
         sheet_path, number = args.output_path / SHEET, counted(len(thumbnails), "image")
         save(sheet_path, contact_sheet(thumbnails), Metadata())
