@@ -26,6 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """No test goes on for ever: the longest take a minute and a half, and ten times that on a machine that is busy."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(900 * THOROUGH))
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of real data and published weights beside the project."""

@@ -1,6 +1,7 @@
 """The strip runner against the plain network: same numbers, whatever the size, the strips and the memory."""
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,17 +171,15 @@ def test_a_thread_for_strips_uses_one_core(two_threads):
 
 def test_a_thread_that_begins_while_those_for_strips_start_keeps_its_cores(two_threads):
     strips.strip_threads.cache_clear()
-    counts, begin = [], threading.Barrier(3, timeout=60)
+    begin = threading.Barrier(3, timeout=60)
 
-    def first_call():
+    def first_call(number):
         begin.wait()
         strips.for_each(lambda start, stop: None, [(0, 1), (1, 2)], torch.device("cpu"))
-        counts.append(torch.get_num_threads())
+        return torch.get_num_threads()
 
-    for caller in [threading.Thread(target=first_call) for _ in range(3)]:
-        caller.start()
-    while len(counts) < 3:
-        time.sleep(0.01)
+    with ThreadPoolExecutor(3) as callers:
+        counts = list(callers.map(first_call, range(3)))
     assert counts == [2, 2, 2] and strips.strip_threads.cache_info().misses == 1
 
 
