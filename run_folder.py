@@ -21,8 +21,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from checkpoints import load_checkpoint, network_options, read_options, save_checkpoint, save_safetensors
-from devices import launcher
 from muon import Muon
+from processes import launcher
 from utils import InputError, RunError, check_folder, counted, locked, remove_leftovers, write_text
 
 STATE_FILE, WEIGHTS_FILE, LOG_FILE = "train_state.pth", "net_latest.pth", "log.jsonl"

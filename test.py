@@ -25,10 +25,7 @@ from tqdm import tqdm
 
 from checkpoints import add_network_options, find_checkpoint, load_network
 from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
-from devices import (
-    HALF_PRECISIONS, AmongProcesses, as_one_run, fast_precision, free_memory, from_first, join_processes,
-    out_of_memory, pick_device, processes_here, rank_of_run, threads_beside, to_first,
-)
+from devices import HALF_PRECISIONS, fast_precision, free_memory, out_of_memory, pick_device, threads_beside
 from images import (
     MARK, WRITTEN, content_of, image_size, mark_of, read_image, read_metadata, read_rgb, to_uint8, write_image,
 )
@@ -41,6 +38,9 @@ from outputs import (
     extension, name_clips, name_outputs,
 )
 from pairs import check_sizes, read_clean, read_rainy
+from processes import (
+    AmongProcesses, as_one_run, from_first, join_processes, processes_here, rank_of_run, to_first,
+)
 from runners import SharedRunner, self_ensemble, settings_of
 from utils import (
     InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable, progress,

@@ -22,9 +22,7 @@ from torch.utils.data import DataLoader
 from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
-    HALF_PRECISIONS, FiniteCheck, StopSignal, as_one_run, average, choose_speed, ignore_lost_children, join_processes,
-    launcher, leave_signals_to_parent, loader_processes, mixed_precision, pick_device, rank_of_run, restarted,
-    threads_beside, total,
+    HALF_PRECISIONS, FiniteCheck, choose_speed, loader_processes, mixed_precision, pick_device, threads_beside,
 )
 from inference import StripRunner, to_image, to_tensor
 from losses import add_loss_options, batch_psnr, build_criterion
@@ -32,6 +30,10 @@ from metrics import METRICS, measure
 from muon import build_optimizers
 from networks import RESIDUAL_CONVS, SAPNet, mismatch
 from pairs import read_pair
+from processes import (
+    StopSignal, as_one_run, average, ignore_lost_children, join_processes, launcher, leave_signals_to_parent,
+    rank_of_run, restarted, total,
+)
 from rain import TrainingRain, add_rain_options, check_rain_options
 from run_folder import (
     BEST_FILE, STATE_FILE, Position, RunLog, RunState, begun_by, changed_data, hold_run, read_state, write_arguments,

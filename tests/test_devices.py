@@ -1,18 +1,13 @@
 """Which device, precision and number of processes and threads a run takes, with those of other machines imitated."""
-import os
-import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import distributed
 
 import devices
-from devices import StopSignal, choose_speed, loader_processes, meet, pick_device, threads_beside
+from devices import choose_speed, loader_processes, pick_device, threads_beside
 from runners import SharedRunner
 from utils import InputError, ahead
 
@@ -248,40 +243,3 @@ def test_a_thread_that_fails_does_not_cost_the_others():
     for thread in threads:
         thread.join()
     assert results == {0: 0.5, 1: 0.75, 2: "too bright", 3: 0.25, 4: 0.125} and not runner.waiting
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_processes_meet_where_nobody_of_an_earlier_start_has_written(ranks):
-    """Also those that come before the first one."""
-    store, gone = distributed.HashStore(), timedelta(seconds=0.1)
-    for late in range(3):
-        with ThreadPoolExecutor(ranks) as pool:
-            if late:
-                calls = [pool.submit(meet, store, rank, ranks, gone) for rank in range(1, ranks)]
-                for call in calls:
-                    with pytest.raises(distributed.DistStoreError, match="have not come within 0:00:00.1"):
-                        call.result()
-            calls = [pool.submit(meet, store, rank, ranks) for rank in range(1, ranks)]
-            time.sleep(0.1)
-            assert not any(call.done() for call in calls), "an answer to another start is not taken"
-            parts = [meet(store, 0, ranks), *(call.result() for call in calls)]
-        assert not parts[-1].check(["address"])
-        parts[0].set("address", str(late))
-        assert all(part.get("address").decode() == str(late) for part in parts)
-
-
-def test_a_signal_that_comes_while_the_processes_agree_counts_the_next_time(monkeypatch):
-    def average(values, device):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return values
-
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        stop = StopSignal()
-        assert not stop.agree("cpu")
-        monkeypatch.setattr(devices, "average", average)
-        assert not stop.agree("cpu") and stop.asked
-        assert stop.agree("cpu") and stop.agreed
-    finally:
-        for handler in handlers:
-            signal.signal(*handler)

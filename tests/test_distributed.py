@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import test
 import train
 from checkpoints import load_weights
 from conftest import ROOT, contents, make_pairs, photo, save
-from devices import lost_process
 from networks import SAPNet
+from processes import StopSignal, lost_process, meet
 from test_test import read_csv
 from test_train import TIMES, options, read_lines, read_state, tiny, without
 from test_video import frames_of
@@ -352,6 +353,43 @@ def test_a_programming_error_keeps_its_traceback_under_torchrun(tmp_path):
     _, err = finish(start(2, *arguments, script=script), status=1)
     assert "Traceback" in err and "in broken" in err and "RuntimeError: Expected size" in err
     assert "process 0 of 2" not in err
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_meet_where_nobody_of_an_earlier_start_has_written(ranks):
+    """Also those that come before the first one."""
+    store, gone, patience = distributed.HashStore(), timedelta(seconds=0.1), timedelta(seconds=60)
+    for late in range(3):
+        with ThreadPoolExecutor(ranks) as pool:
+            if late:
+                calls = [pool.submit(meet, store, rank, ranks, gone) for rank in range(1, ranks)]
+                for call in calls:
+                    with pytest.raises(distributed.DistStoreError, match="have not come within 0:00:00.1"):
+                        call.result()
+            calls = [pool.submit(meet, store, rank, ranks, patience) for rank in range(1, ranks)]
+            time.sleep(0.1)
+            assert not any(call.done() for call in calls), "an answer to another start is not taken"
+            parts = [meet(store, 0, ranks, patience), *(call.result() for call in calls)]
+        assert not parts[-1].check(["address"])
+        parts[0].set("address", str(late))
+        assert all(part.get("address").decode() == str(late) for part in parts)
+
+
+def test_a_signal_that_comes_while_the_processes_agree_counts_the_next_time(monkeypatch):
+    def average(values, device):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        stop = StopSignal()
+        assert not stop.agree("cpu")
+        monkeypatch.setattr("processes.average", average)
+        assert not stop.agree("cpu") and stop.asked
+        assert stop.agree("cpu") and stop.agreed
+    finally:
+        for handler in handlers:
+            signal.signal(*handler)
 
 
 @pytest.mark.parametrize(
