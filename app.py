@@ -24,13 +24,12 @@ from pathlib import Path
 from checkpoints import add_network_options
 from desk import KEPT, Cancelled, Choice, Desk
 from test import HALF_PRECISIONS, faults_of
-from utils import InputError, RunError, at_least, counted, natural_key, printable, run_script
+from utils import STOP_SIGNALS, InputError, RunError, at_least, counted, natural_key, printable, run_script
 
 SAMPLE = Path(__file__).resolve().parent / "datasets/test/RainSample"
 PACKAGES = "pip install -r requirements-app.txt"
 PRECISIONS = ("fp32", *HALF_PRECISIONS, "auto")
 LARGEST_QUEUE = 20  # jobs that wait; further ones are told to come back
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # that end the server; Windows has no SIGHUP
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # options of an event
 STYLE = """
 footer { display: none !important; }
@@ -319,9 +318,8 @@ def end_with_signals(folder):
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(128 + number)  # at once, and not when the job that is running is done
 
-    for name in SIGNALS:
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, stop)
 
 

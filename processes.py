@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from utils import InputError, RunError, output_is_closed
+from utils import HANGUP, STOP_SIGNALS, InputError, RunError, drop_output, output_is_closed
 
 PATIENCE = timedelta(hours=2)  # of processes for one another: one may be packing, downloading or validating
 
@@ -188,7 +188,7 @@ class AmongProcesses:
 
     def serve(self):
         """Compute what the first process sends, until it closes; signals are left to the first process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         box = [None]
         while True:
@@ -241,12 +241,14 @@ def as_one_run(rank, ranks, advice=""):
 
 
 def leave_signals_to_parent(worker=None):
-    """In a loader process: let neither Ctrl-C nor SIGTERM end it, unless its parent sends the signal.
+    """In a loader process: let none of ``STOP_SIGNALS`` end it but the SIGTERM of its parent.
 
     A terminal and a batch system signal the whole group of processes, and the parent still needs its loaders for the
     step that is under way.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # which tells who sent it; neither Windows nor macOS has it
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -274,7 +276,7 @@ def ignore_lost_children():
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks the run to stop after the current step; a second Ctrl-C stops it at once.
+    """One of ``STOP_SIGNALS`` asks the run to stop after the current step; then Ctrl-C stops it at once.
 
     Several processes with GPUs stop at the next step that is logged, as agreeing would make each step wait for them.
 
@@ -285,10 +287,13 @@ class StopSignal:
     def __init__(self):
         # Apart from one another, as a signal may arrive while the processes agree: that one counts the next time.
         self.asked = self.agreed = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for number in STOP_SIGNALS:
+            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
+        if number == HANGUP:
+            drop_output()
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 import zlib
@@ -25,6 +26,9 @@ try:
     import fcntl
 except ImportError:  # Windows, where nothing is locked
     fcntl = None
+
+HANGUP = getattr(signal, "SIGHUP", None)  # what a terminal sends that is closed; Windows has no such signal
+STOP_SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 
 
 # Errors and options
@@ -66,6 +70,19 @@ def output_is_closed():
     except (OSError, ValueError):  # it is no file
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def drop_output():
+    """Drop what will be printed, as the terminal was closed: else each print would raise an error.
+
+    So would those to a pipe, whose reader has had the same signal. What goes to a file still does.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it is closed
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def fail(error, status):

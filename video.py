@@ -21,7 +21,9 @@ import cv2
 import numpy as np
 
 from images import to_uint8
-from utils import InputError, RunError, ahead, counted, locked, printable, progress, write_csv
+from utils import (
+    HANGUP, STOP_SIGNALS, InputError, RunError, ahead, counted, drop_output, locked, printable, progress, write_csv,
+)
 from video_form import CODECS, choose_form, describe_form
 from video_input import Shot, clip_name, open_source
 from video_output import SUFFIXES, VideoWriter, beside, choose_container, describe_stream, read_mark
@@ -77,7 +79,7 @@ class VideoResult(NamedTuple):
 
 
 class StopSignals:
-    """While this is open, the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and later ones do nothing.
+    """While this is open, the first of ``STOP_SIGNALS`` raises KeyboardInterrupt, and later ones do nothing.
 
     Inside ``with signals.held():`` it is raised at the end of the block. ``number`` is that of the signal, or 0.
     """
@@ -87,7 +89,7 @@ class StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # no other one may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self.take)
         return self
@@ -97,6 +99,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def take(self, number, _):
+        if number == HANGUP:
+            drop_output()
         if not self.number:
             self.number = number
             if not self.holding:
@@ -297,7 +301,7 @@ def derain_video(path, folder, derain, options, name=None):
     """Derain a video, or numbered pictures, into a video file.
 
     A frame that cannot be read is replaced by the one before, or by the first readable one if there is none before,
-    so that sound and picture stay together. Ctrl-C and SIGTERM end the video early.
+    so that sound and picture stay together. Ctrl-C, SIGTERM and SIGHUP end the video early.
 
     Args:
         path: a video, or a pattern as ``PictureSequence`` takes it.

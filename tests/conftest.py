@@ -106,7 +106,7 @@ def run(monkeypatch, capsys):
         module = __import__(script)
         assert Path(module.__file__).parent == ROOT, f"{script} is not the project's"
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in utils.STOP_SIGNALS}
         capsys.readouterr()
         try:
             utils.run_script(module.main)
@@ -144,8 +144,8 @@ def refused(run):
 def run_subprocess(script, *args, **options):
     """Start a script as a person would."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=options.pop("cwd", ROOT), **pipes, **options)
+    usual = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **{**usual, **options})
 
 
 @pytest.fixture

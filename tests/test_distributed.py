@@ -25,7 +25,7 @@ from processes import StopSignal, lost_process, meet
 from test_test import read_csv
 from test_train import TIMES, options, read_lines, read_state, tiny, without
 from test_video import frames_of
-from utils import InputError
+from utils import STOP_SIGNALS, InputError
 from warm import Fork, run_script
 
 
@@ -380,7 +380,7 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_the_next_time(monk
         os.kill(os.getpid(), signal.SIGTERM)
         return values
 
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
     try:
         stop = StopSignal()
         assert not stop.agree("cpu")

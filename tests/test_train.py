@@ -1,6 +1,7 @@
 """Training runs, tiny but whole: what they write, that stopping one changes nothing, and how they fail."""
 import json
 import os
+import select
 import shutil
 import signal
 import time
@@ -700,6 +701,33 @@ def test_ctrl_c_in_the_terminal_stops_saves_and_resumes_exactly(train_run, pairs
     train_run("stopped", "--resume", stop_after=more, **flags)
     train_run("straight", stop_after=more, **flags)
     assert_same_weights(tmp_path / "stopped/net_latest.pth", tmp_path / "straight/net_latest.pth")
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_stops_the_run_which_saves(pairs_dir, tmp_path):
+    """The real thing: the system then signals the run and its loader processes, and what they print is an error."""
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
+
+    terminal, end = os.openpty()
+    flags = {"data_path": f"{pairs_dir}:100000", "save_steps": 10**6, "num_workers": 2}  # the epoch has no end
+    child = run_subprocess(
+        "train.py", *tiny(pairs_dir, tmp_path / "run", **flags), stdin=end, stdout=end, stderr=end,
+        preexec_fn=take_terminal,
+    )
+    os.close(end)
+    log, deadline, shown = tmp_path / "run/log.jsonl", time.monotonic() + 120, b""
+    while not (log.exists() and log.read_text()):
+        if select.select([terminal], [], [], 0.02)[0]:
+            shown += os.read(terminal, 4096)
+        assert child.poll() is None and time.monotonic() < deadline, shown.decode()
+    os.close(terminal)
+    assert child.wait(60) == 130
+    assert read_state(tmp_path / "run")["position"]["step"] == read_lines(tmp_path / "run")[-1]["step"]
 
 
 def test_resume_restores_the_random_state(train_run, monkeypatch):

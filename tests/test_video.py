@@ -945,7 +945,7 @@ def moving(frames=60):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 @pytest.mark.parametrize("suffix, at_once", [("mp4", 0), ("mkv", 2)])
 def test_a_stopped_video_is_playable_and_gone_on_with(kept, tmp_path, name, status, suffix, at_once):
     base = BASE if suffix == "mp4" else MS
