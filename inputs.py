@@ -207,6 +207,23 @@ def without_known(inputs, known):
     )
 
 
+def tell_of_clean_images(pictures):
+    """Say which pictures that are named by themselves, and so are not measured, have clean images in a known layout."""
+    folders = {}
+    for path in pictures:
+        folders.setdefault(path.parent, []).append(path)
+    for folder, paths in folders.items():
+        with suppress(InputError, OSError):  # two files of one stem; a folder beside that may not be read
+            found = best_match(candidate_folders(folder))
+            clean = {os.path.realpath(pair.rainy): pair.clean for pair in found.pairs} if found else {}
+            theirs = [clean[place] for path in paths if (place := os.path.realpath(path)) in clean]
+            theirs = [path for path in theirs if not is_result(path)]
+            if theirs:
+                has = "a picture has a clean image" if len(theirs) == 1 else f"{len(theirs)} pictures have clean images"
+                example = os.path.relpath(theirs[0], folder)
+                print(f"{printable(folder)}: {has} ({printable(example)}); name the folder to have them measured")
+
+
 def find_inputs(args):
     """The ``Inputs`` of all paths of --test_data_path, and a line about those that are not measured or left out."""
     found, known, clean = {}, set(), {}
@@ -233,6 +250,9 @@ def find_inputs(args):
     inputs = Inputs(*(list(chain(*lists)) for lists in zip(*(found[path] for path in args.inputs))))
     if not inputs.pictures and not inputs.clips:
         raise InputError(f"--test_data_path {args.inputs[0]}: neither an image nor a video, as all the others")
+    if not args.no_reference:
+        named = {path for path in args.inputs if path.is_file()}
+        tell_of_clean_images(pair.rainy for pair, *_ in inputs.pictures if pair.clean is None and pair.rainy in named)
     return inputs
 
 

@@ -978,6 +978,21 @@ def test_a_glob_within_a_set_takes_no_clean_image_of_it(test_run, tmp_path):
     assert "left out 1 (clean images of others): norain-001.png" in result.out and result.out.count("left out") == 1
 
 
+@pytest.mark.parametrize("layout, count", [("set/rainy/rain-{}.png set/norain-{}.png", 1),
+                                            ("input/{}.png target/{}.png", 3), ("rain-{}.png norain-{}.png", 3)])
+def test_pictures_named_by_themselves_are_told_of_their_clean_images(test_run, tmp_path, layout, count):
+    rainy, clean = layout.split()
+    paths = [save(tmp_path / rainy.format(number), photo(number, 12, 12)) for number in range(count)]
+    assert "clean image" not in test_run(paths)[1].out
+    for number in range(count):
+        save(tmp_path / clean.format(number), photo(number, 12, 12))
+    out = test_run(paths)[1].out
+    assert f"({os.path.relpath(tmp_path / clean.format(0), paths[0].parent)}); name the folder" in out
+    assert ("a picture has a clean image" if count == 1 else "3 pictures have clean images") in out
+    assert "name the folder" not in test_run(paths, "--no_reference")[1].out
+    assert "name the folder" not in test_run([paths[0].parent, paths[0]])[1].out
+
+
 @pytest.mark.parametrize("place", ["in", "in/derained"])
 def test_a_glob_may_catch_its_own_results_the_second_time(run, checkpoint, tmp_path, place):
     save(tmp_path / "in/a.png", photo(1, 12, 12))
