@@ -23,7 +23,8 @@ from pathlib import Path
 
 from checkpoints import add_network_options
 from desk import KEPT, Cancelled, Choice, Desk
-from test import HALF_PRECISIONS, faults_of
+from devices import HALF_PRECISIONS
+from pictures import faults_of
 from utils import STOP_SIGNALS, InputError, RunError, at_least, counted, natural_key, printable, run_script
 
 SAMPLE = Path(__file__).resolve().parent / "datasets/test/RainSample"

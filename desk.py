@@ -20,10 +20,8 @@ from images import image_size, read_image, read_metadata, read_rgb
 from metrics import measure
 from outputs import METRICS, model_name
 from pairs import Pair
-from test import (
-    Saving, derain, describe_change, faults_of, fill_in_defaults, load_runner, parse_args, plan_jobs, process, save,
-    video_options,
-)
+from pictures import Saving, derain, faults_of, process, save
+from test import describe_change, fill_in_defaults, load_runner, parse_args, plan_jobs, video_options
 from utils import InputError, RunError, counted
 from video import derain_video, write_report
 from video_input import open_source

@@ -6,38 +6,32 @@ Writes one PNG an image and metrics.csv. The figures follow PReNet's MATLAB prot
 --results_path it measures by this protocol what another method made.
 """
 import argparse
-import errno
 import math
 import os
 import sys
 import threading
-import time
 import zlib
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoints import add_network_options, find_checkpoint, load_network
-from comparison import MAX_THUMBNAILS, contact_sheet, panel, thumbnail
-from devices import HALF_PRECISIONS, fast_precision, free_memory, out_of_memory, pick_device, threads_beside
-from images import (
-    MARK, WRITTEN, content_of, image_size, mark_of, read_image, read_metadata, read_rgb, to_uint8, write_image,
-)
-from inference import StripRunner, to_image, to_tensor, without_tint
+from comparison import MAX_THUMBNAILS, contact_sheet
+from devices import HALF_PRECISIONS, fast_precision, free_memory, pick_device, threads_beside
+from images import content_of, image_size
+from inference import StripRunner
 from inputs import common_path, find_inputs, find_results, is_clip, paths_of
 from metadata import Metadata
-from metrics import measure, measure_alone
 from outputs import (
     COLUMNS, NO_REFERENCE, SHEET, Job, average, check_outputs, default_output, describe, explain_no_reference,
     extension, name_clips, name_outputs,
 )
-from pairs import check_sizes, read_clean, read_rainy
+from pictures import Saving, derain, process, save, want_of_memory
 from processes import (
     AmongProcesses, as_one_run, from_first, join_processes, processes_here, rank_of_run, to_first,
 )
@@ -51,7 +45,6 @@ from video_form import CODECS
 from video_input import is_pattern
 
 LARGE = 2**22  # px of an image that is not in memory beside another one
-NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file system that cannot have such a name
 
 
 def parse_args(argv=None):
@@ -194,151 +187,12 @@ def plan_jobs(pictures, args):
     ]
 
 
-class Saving(NamedTuple):
-    """How results are saved: the options of these names."""
-
-    overwrite: bool = True
-    metadata: bool = True
-    quality: int = 95
-
-
-def derain(runner, image, device):
-    """Derain an image of 8 or 16 bits.
-
-    Args:
-        runner: a ``StripRunner``, or a function like it.
-        image: (H, W, 3 or 4) RGB(A) uint8 or uint16, any size.
-        device: of the network.
-
-    Returns:
-        (array of the same shape and dtype, alpha unchanged; its (H, W, 3) uint8 RGB, which is measured). What is grey
-        stays grey.
-    """
-    rainy = image[..., :3]
-    output = without_tint(runner(to_tensor(rainy).to(device)), rainy)
-    derained = np.concatenate((to_image(output, image.dtype), image[..., 3:]), axis=2)
-    return derained, to_image(output)
-
-
-@contextmanager
-def want_of_memory(path=None):
-    """Make of a lack of memory a ``RunError``, which names a ``path``."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).partition("\n")[0]
-        memory = isinstance(error, MemoryError) or out_of_memory(error)
-        if not memory and "allocate memory" not in text:  # by a CPU
-            raise
-        named = f"{path}: " if path else ""
-        raise RunError(f"{named}not enough memory ({text or type(error).__name__})") from None
-
-
-@contextmanager
-def faults_of(path):
-    """Make of what can go wrong with one picture, memory included, an ``InputError`` that names it."""
-    try:
-        with want_of_memory():
-            yield
-    except (RunError, OSError) as error:  # no room for its feature maps, on the disk or in memory
-        raise InputError(f"{path}: {error}") from None
-
-
-def save(path, picture, metadata, quality=95, mark=MARK):
-    """Write a picture, with its ``mark``; errors as for ``write_image``, and ``InputError`` for impossible names."""
-    try:
-        write_image(path, picture, metadata._replace(software=mark), quality)
-    except RunError as error:
-        if getattr(error.__context__, "errno", None) in NAME_ERRORS:
-            raise InputError(str(error)) from None
-        raise
-
-
-def mark_for(runner, job, saving):
-    """The mark of the result of a ``Job``, by which --overwrite False tells it from one of another picture or options.
-
-    ``runner`` and ``saving`` are as for ``process``.
-    """
-    settings = runner.settings if isinstance(runner, SharedRunner) else {}
-    pair = job.pair
-    return mark_of(
-        pair.rainy, job.output, saving.quality, metadata=saving.metadata, rainy_half=pair.rainy_half, **settings
-    )
-
-
-def process(runner, job, device, saving=Saving(), no_reference=False):
-    """Derain one image, save and measure it, and write its panel if it has one.
-
-    Args:
-        runner, device: as for ``derain``; without a runner the result is there already.
-        job: a ``Job``.
-        saving: a ``Saving``.
-        no_reference: whether NIQE and PIQE are measured too.
-
-    Returns:
-        (its row of the report: name, metrics where there is a clean image, seconds of the network, "reduced" where the
-        format did not take its alpha or 16 bits, "recoloured" where it cannot say what colours these are, and "renewed"
-        where another result was there in spite of --overwrite False; its thumbnail for the contact sheet, or None
-        without a panel).
-
-    Raises:
-        InputError: this image fails, and another may not.
-        RunError: a result cannot be written.
-    """
-    pair = job.pair
-    row = {"image": printable(job.name or pair.rainy.name)}
-    result = None
-    with faults_of(pair.rainy):
-        # 1. Load
-        image = read_rainy(pair)
-        clean = read_clean(pair) if pair.clean else None
-        if clean is not None:
-            check_sizes(pair, image.shape, clean.shape)
-
-        # 2. Derain, or take what is there
-        mark = mark_for(runner, job, saving) if runner else None
-        there = runner is None or job.output.exists() and not saving.overwrite
-        row["renewed"] = there and mark is not None and read_metadata(job.output).software != mark
-        if there and not row["renewed"]:
-            derained = read_rgb(job.output)
-            if derained.shape[:2] != image.shape[:2]:
-                raise InputError(f"{job.output} is not the result of {pair.rainy}, as it has another size; remove it")
-        else:
-            metadata = read_metadata(pair.rainy) if saving.metadata else Metadata()
-            started = time.perf_counter()
-            result, derained = derain(runner, image, device)
-            row["seconds"] = runner.seconds() if isinstance(runner, SharedRunner) else time.perf_counter() - started
-
-    # 3. Save
-    if result is not None:
-        save(job.output, result, metadata, saving.quality, mark)
-        row["recoloured"] = metadata.loses_colours(WRITTEN[job.output.suffix.lower()])
-
-    # 4. Measure what was written, and show both
-    with faults_of(pair.rainy):
-        if result is not None and WRITTEN[job.output.suffix.lower()] in ("JPEG", "WEBP"):
-            derained = read_image(job.output)
-            row["reduced"] = result.dtype != np.uint8 or result.shape != derained.shape
-            derained = derained[..., :3]
-        if clean is not None:
-            row |= measure(derained, clean)
-        if no_reference:
-            for which, picture in (("rainy", image), ("derained", derained)):
-                row |= {f"{name}_{which}": value for name, value in measure_alone(picture).items()}
-        if job.panel is None:
-            return row, None
-        rainy = to_uint8(image[..., :3])
-        scores = clean is not None and {"rainy": measure(rainy, clean), "derained": row}
-        sheet = panel(row["image"], rainy, derained, clean, scores)
-    save(job.panel, sheet, Metadata())
-    return row, thumbnail(row["image"], rainy, derained)
-
-
 def derain_images(runner, jobs, args, device, share=(0, 1)):
     """Derain, save and measure the picture of each ``Job``; a bad one does not cost the others.
 
     Args:
-        runner, jobs, args, device: as above.
+        runner, device: as for ``process``.
+        jobs, args: list of ``Job``; the options.
         share: (rank, ranks): with several processes, each takes its share of the jobs, and the first one reports.
 
     Returns:

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-import test as test_script
 from checkpoints import load_network
 from conftest import SHARED, THOROUGH, photo
 from images import read_rgb
 from inference import StripRunner
 from metrics import measure
+from outputs import Job, average
 from pairs import find_pairs
+from pictures import process
 
 COMBINATIONS = (
     ("prenet_rain100h", "Rain100H"),
@@ -48,7 +49,7 @@ def check_images(weights, data_set, expected, output_path, chosen):
     rows = []
     for pair in pairs[chosen]:
         png = output_path / pair.rainy.name
-        row, _ = test_script.process(listening, test_script.Job(pair, png, None), torch.device("cpu"))
+        row, _ = process(listening, Job(pair, png, None), torch.device("cpu"))
         rows.append(row)
         assert_agrees(row, images[pair.rainy.name]["round"], f"{pair.rainy.name}, rounded")
         clean = read_rgb(pair.clean)
@@ -73,7 +74,7 @@ def test_real_images_agree_with_the_published_weights(expected, tmp_path, number
     rows = check_images(*COMBINATIONS[number], expected, tmp_path, images)
     if len(rows) == 20:
         expected_average = expected[" on ".join(COMBINATIONS[number])]["average"]["round"]
-        assert_agrees(test_script.average(rows), expected_average, "average")
+        assert_agrees(average(rows), expected_average, "average")
 
 
 def test_the_combinations_are_all_that_were_measured(expected):

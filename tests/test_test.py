@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+import pictures
 import test as test_script
 from checkpoints import BUNDLED, PUBLISHED_FOLDER, load_network, save_checkpoint
 from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
@@ -1131,14 +1132,14 @@ def test_an_image_without_room_on_the_disk_does_not_cost_the_others(test_run, sm
     OSError(12, "Cannot allocate memory"),
 ])
 def test_want_of_memory_does_not_cost_the_others(test_run, few, monkeypatch, error):
-    derain = test_script.derain
+    derain = pictures.derain
 
     def scarce(runner, image, device):
         if (image == read_image(few / "rain-2.png")).all():
             raise error
         return derain(runner, image, device)
 
-    monkeypatch.setattr(test_script, "derain", scarce)
+    monkeypatch.setattr(pictures, "derain", scarce)
     output, result = test_run(few, status=1)
     assert result.err == "test.py: error: 1 of 3 images failed: rain-2.png\n"
     assert f"error: {few / 'rain-2.png'}: " in result.out and "emory" in result.out
@@ -1150,7 +1151,7 @@ def test_a_fault_of_ours_keeps_its_traceback(test_run, few, monkeypatch, error):
     def broken(*arguments):
         raise error
 
-    monkeypatch.setattr(test_script, "derain", broken)
+    monkeypatch.setattr(pictures, "derain", broken)
     with pytest.raises(type(error)):
         test_run(few)
 
