@@ -23,7 +23,7 @@ from av.video.reformatter import Interpolation
 
 from conftest import ROOT, THOROUGH, contents, photo, run_subprocess, save
 from rain import add_rain, streak_layer
-from utils import InputError, RunError
+from utils import STOP_SIGNALS, InputError, RunError
 import video
 import video_input
 import video_output
@@ -894,10 +894,13 @@ run_script(main)
 def child(source, folder, seconds=0.0, codec="h264", at_once=0):
     """Derain a video in a process of its own, without the network; each frame takes so many seconds."""
     command = [sys.executable, "-c", CHILD, str(source), str(folder), str(seconds), codec, str(at_once)]
-    # A job in the background would ignore Ctrl-C.
+
+    def heed_signals():
+        for number in STOP_SIGNALS:  # a job in the background would ignore Ctrl-C, and under nohup SIGHUP
+            signal.signal(number, signal.SIG_DFL)
+
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals
     )
 
 
