@@ -207,8 +207,8 @@ def open_patches(training_set, packed_dir, patch_size, stride, preprocess=False,
         skip_small: leave out images that are smaller than a patch; otherwise they are an error.
 
     Returns:
-        ``PackedPatches``, or ``PReNetPatches`` of a folder that has those. Those of clean photographs have the clean
-        image for the rainy one too.
+        ``PackedPatches``, or ``PReNetPatches`` of a folder that has those. For clean photographs, the rainy patches
+        are the clean ones.
 
     Raises:
         InputError: an image is unreadable or too small, the disk has too little room, or PReNet's patches are of

@@ -50,12 +50,11 @@ def by_score(boxes):
 
 
 def suppress(boxes, threshold=0.5):
-    """Non-maximum suppression: from the best box on, drop each whose IoU with a kept one of its class is larger.
-
-    ``threshold`` is the largest IoU that stays.
+    """Non-maximum suppression: from the best box on, drop each that lies over a kept box of its class.
 
     Args:
         boxes: (N, 6).
+        threshold: the largest IoU of two boxes of a class that both stay.
 
     Returns:
         The (M, 6) boxes that are left, the best first. Of equal scores the first box counts as the better one.

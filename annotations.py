@@ -101,8 +101,8 @@ def read_labels(path, pairs, classes, file_classes):
     else:
         labels, unknown = read_coco(path, pairs, numbers)
     if not any(entry is not None and len(entry.boxes) for entry in labels):
-        reason = f"only {', '.join(unknown)}, which the detector does not have" if unknown else "none"
-        raise InputError(f"--labels {path}: of the objects in these images, {reason}; expected labels of them")
+        there = f"only boxes of {', '.join(unknown)}, which the detector does not know" if unknown else "no boxes"
+        raise InputError(f"--labels {path}: {there} in these images; expected boxes of the detector's classes")
     return labels, unknown
 
 

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--port", type=port_number, default=7860, metavar="N", help="0 takes any that is free (default: %(default)s)"
     )
-    add_network_options(parser, "real.pth")
+    add_network_options(parser, "real.pth, and beside a clean picture general.pth,")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument(
         "--max_memory", type=at_least(0, float), metavar="GIB",
@@ -63,10 +63,12 @@ def parse_args(argv=None):
         help="largest picture, and frame of a video, that is taken (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_upload", type=at_least(1), default=500, metavar="MIB", help="largest file taken (default: %(default)s)"
+        "--max_upload", type=at_least(1), default=500, metavar="MIB",
+        help="largest file taken, MiB (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_frames", type=at_least(1), default=1000, metavar="N", help="longest video taken (default: %(default)s)"
+        "--max_frames", type=at_least(1), default=1000, metavar="N",
+        help="longest video taken, frames (default: %(default)s)",
     )
     return parser.parse_args(argv)
 

@@ -22,10 +22,10 @@ def file_of(name, version="IMAGENET1K_V1"):
 
 
 def may_be(path, name):
-    """Whether a file may hold a network's weights, of which it is only known that its name begins with the network's.
+    """Whether a file, whose name begins with the network's, may hold its weights.
 
-    It may not if torchvision publishes it, so of another version or quantised, or if the name is that of a longer
-    one: vgg16_bn.pth is not for vgg16.
+    No if torchvision publishes a file of that name, which is then of another version or quantised. No if the name of
+    another network fits better: vgg16_bn.pth is not for vgg16.
     """
     from torchvision.models import get_model_weights, list_models
 
@@ -56,10 +56,10 @@ def find_backbone(name, backbone_dir, version="IMAGENET1K_V1"):
         folder = Path(backbone_dir)
         others = sorted(path for path in folder.glob(f"{name}*.pth") if may_be(path, name))
         path = next((path for path in (folder / file_name, cached, *others) if path.is_file()), None)
-        part = "without its classifier " if version == "IMAGENET1K_V1" else ""
+        part = ", also without the classifier" if version == "IMAGENET1K_V1" else ""
         return path, (
-            f"expected {file_name} from {url}, or {part}as {name}*.pth, not torchvision's of another version, in"
-            f" --backbone_dir {folder}"
+            f"expected {file_name} from {url} in --backbone_dir {folder}, or there a file {name}*.pth with the same"
+            f" weights{part}"
         )
     try:
         if not cached.exists():

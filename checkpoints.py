@@ -376,7 +376,8 @@ def add_stage_options(parser):
         help="number of stages (default: that of the checkpoint's training run, else 6)",
     )
     add_flag(
-        parser, "--use_dilation", None, "dilated residual blocks (default: that of the training run, else published)"
+        parser, "--use_dilation", None,
+        "dilated residual blocks (default: that of the training run, else True for SAPNet and False for PReNet)",
     )
 
 

@@ -64,7 +64,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--fit", choices=FITS, default="letterbox",
-        help="how an image becomes the input of an ONNX file: with grey beside it, as Ultralytics does, or stretched"
+        help="how an image becomes the input of an ONNX file: padded with grey, as Ultralytics does, or stretched"
         " (default: %(default)s)",
     )
     parser.add_argument(
@@ -108,7 +108,7 @@ def check_options(args):
     if args.clean_path and args.side_by_side:
         raise InputError("--clean_path and --side_by_side: expected one of them; each says where the clean images are")
     if args.labels and not args.detector:
-        raise InputError("--labels: boxes, which go with --detector")
+        raise InputError("--labels: these are boxes; expected --detector with them")
     for name in ("confidence", "clean_confidence"):
         if getattr(args, name) > 1:
             raise InputError(f"--{name} {getattr(args, name):g}: expected 0 to 1")
@@ -547,7 +547,7 @@ def main():
         folder, paths = missing[0]
         names = ", ".join(printable(path.name) for path in paths)
         number = counted(len(paths), "image")
-        raise RunError(f"--results_path {folder}: no result of {number}, which no view counts: {names}")
+        raise RunError(f"--results_path {folder}: no result of {number}, left out for all folders: {names}")
 
 
 if __name__ == "__main__":

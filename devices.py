@@ -107,7 +107,7 @@ def choose_speed(args, device, steps):
 
 
 def mixed_precision(text):
-    """``argparse`` type for --amp: "bf16", "fp16", or True for the one that the device is fast in, and False."""
+    """``argparse`` type for --amp: "bf16", "fp16", True for what the device is fast in (else "bf16"), or False."""
     try:
         return text if text in HALF_PRECISIONS else boolean(text)
     except argparse.ArgumentTypeError:
@@ -257,7 +257,7 @@ class FiniteCheck:
                 raise RunError(f"the {what} is not finite on the batch of {names}; the last checkpoint is kept")
 
     def check_weights(self, net, indices):
-        """Look at all, and at the weights: a gradient that was not finite may have left such, and its loss been sound.
+        """Wait for all values, and look at the weights too: a gradient can be infinite although its loss was finite.
 
         Raises:
             RunError: as for ``check``.

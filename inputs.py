@@ -2,7 +2,8 @@
 
     python -c "from inputs import find_in_folder; print(find_in_folder)"
 
-Each file of a folder is used, left out because no pair fits it by its name, or told of as neither; none goes unsaid.
+Each file of a folder is used, or named as left out because no pair fits it, or named as neither picture nor video. Only
+hidden files, unfinished ones and this program's own go unnamed.
 """
 import os
 from contextlib import suppress
@@ -69,7 +70,7 @@ def earlier_results(files, folder, args):
 
 
 def without_own_results(found, folder, args, places=()):
-    """Take pictures that this program has derained for no clean images, where a folder of them looks like one by name.
+    """Take no result of this program for a clean image, where the name of its folder suggests it.
 
     Args:
         found: ``pairs.Found`` of a folder.

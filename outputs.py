@@ -153,8 +153,8 @@ def check_outputs(paths, inputs, output_path, way_out=", or a --suffix for the n
     if taken:
         names = ", ".join(taken[:5]) + (f" and {len(taken) - 5} more" if len(taken) > 5 else "")
         raise InputError(
-            f"--output_path {output_path}: {names} would be overwritten, which no earlier run has written; expected"
-            f" another folder{way_out}"
+            f"--output_path {output_path}: {names} would be overwritten, but no earlier run has written that;"
+            f" expected another folder{way_out}"
         )
 
 

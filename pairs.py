@@ -220,7 +220,8 @@ def refuse_twins(paths):
     """Refuse two or more files of which it is not clear which belongs to a pair; ``paths`` is None where all is."""
     if paths:
         raise InputError(
-            f"{paths[0]} and {paths[1].name} have one name or clean image; expected one file for each image"
+            f"{paths[0]} and {paths[1].name} have one name, or one clean image, in common; expected one file for each"
+            " image"
         )
 
 
@@ -234,6 +235,9 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
         rainy_half: "left" or "right": where no layout fits, each image holds the rainy and the clean one side by side.
         required: whether there must be pairs. If not, a folder without any is real rain: all of it is ``alone``.
         ways_out: which of "--clean_path" and "--rain_synth" the script has for this folder; an error advises these.
+
+    Returns:
+        ``Found``, whose ``pairs`` can be empty only where none are ``required``.
 
     Raises:
         InputError: no such folder; nothing to use in it; two files of one stem.
@@ -271,7 +275,8 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
             f" and target/ with equal names{advice}"
         )
     if beside:
-        print(printable(f"{folder}: no clean images by their names; --clean_path {beside} takes those there for them"))
+        hint = f"--clean_path {beside} takes the images there for them"
+        print(printable(f"{folder}: no clean images found by name; {hint}"))
     return Found([], find_images(folder, option), [])
 
 

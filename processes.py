@@ -2,7 +2,8 @@
 
     python -c "from processes import rank_of_run; print(*rank_of_run())"
 
-prints the number of a process, and how many there are: 0 1 without torchrun, where each function does what that means.
+prints the number of a process, and how many there are: 0 1 without torchrun. There each function works as in a run of
+one process.
 """
 import os
 import queue
@@ -226,7 +227,10 @@ def lost_process(error):
 
 @contextmanager
 def as_one_run(rank, ranks, advice=""):
-    """End a run of several processes in order; make of an error that another's end has caused a ``RunError``."""
+    """Disconnect the processes at the end; an error that the end of another one has caused becomes a ``RunError``.
+
+    ``advice`` is added to its text.
+    """
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:

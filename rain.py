@@ -314,11 +314,13 @@ def add_rain_options(group):
     )
     group.add_argument(
         "--rain_vary", type=at_least(0, float), default=0, metavar="P",
-        help="share of the mixed rain that is sheared, stretched, crossed and scaled in level",
+        help="share of the mixed rain that is changed: sheared, stretched, brighter or darker, crossed with its mirror"
+        " image",
     )
     group.add_argument(
         "--rain_synth", nargs=2, metavar=("PRESET", "P"),
-        help="share of the patches that get drawn rain (light, heavy, both of these, real); photographs will do then",
+        help="draw rain on the share P of the patches; PRESET is light, heavy, both (either of these) or real."
+        " Photographs without rain are then enough",
     )
 
 

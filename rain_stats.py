@@ -3,9 +3,9 @@
     python rain_stats.py --data_path datasets/test/RainSample --output results/RainSample/rain
 
 prints a table, and with --output writes it and a picture, here to rain.md and rain.jpg in results/RainSample. For each
-data set, both presets of rain.py are drawn on its clean images. Given and drawn rain are measured alike: the streak
-layer S is extracted from the rainy image in both cases (rain.extract_streaks), as it is not exact where the image is
-white. The picture shows the statistics and drawn layers, but no image of the data sets.
+data set, the presets light and heavy of rain.py are drawn on its clean images. Given and drawn rain are measured alike:
+the streak layer S is extracted from the rainy image in both cases (rain.extract_streaks), as it is not exact where the
+image is white. The picture shows the statistics and drawn layers, but no image of the data sets.
 """
 import argparse
 import shlex
@@ -80,7 +80,7 @@ def describe(rainy, clean):
 
 
 def describe_set(folder, seed):
-    """Measure the rain of a folder of pairs, and each preset drawn on its clean images.
+    """Measure the rain of a folder of pairs, and each preset of ``EXACT`` drawn on its clean images.
 
     Returns:
         {"real" or a preset's name: (pairs, columns) array, a row of ``describe`` for each pair}.

@@ -38,7 +38,8 @@ def hold_run(folder, resume):
     """Keep a run's folder to this process, and refuse what would harm the run that may be there.
 
     Raises:
-        InputError: another process has it, there is a run that could be resumed, or none that can.
+        InputError: another process uses the folder; it holds a run and ``resume`` is False; ``resume`` is True and
+            there is no such folder; or it holds files that no stopped run leaves.
     """
     check_folder("--save_path", folder)
     if resume and not folder.is_dir():
@@ -58,7 +59,7 @@ def hold_run(folder, resume):
 
 
 def begun_by(folder, launcher):
-    """Whether the state in a folder is of the run that this launcher began, which so may go on without --resume.
+    """Whether this very torchrun began the run in the folder, so that it goes on without --resume.
 
     torchrun starts the processes again after any failure, also after they have refused to write over another run.
     """
@@ -138,8 +139,8 @@ def read_log(path):
 class RunLog:
     """log.jsonl and the records for TensorBoard of a run.
 
-    Both are written at once and by this thread: TensorBoardX's ``SummaryWriter`` has one of its own, which a full disk
-    ends, and the run would wait for it forever.
+    Both are written at once, in the calling thread. TensorBoardX's ``SummaryWriter`` writes in a thread of its own: a
+    full disk ends that thread, and the run would wait for it forever.
 
     Args:
         folder: the run's.
@@ -351,7 +352,7 @@ class RunState:
         self.save_weights(folder)
 
     def save_weights(self, folder):
-        """Write the weights; a resumed run begins by this, as a kill may have come before it."""
+        """Write the weights. A resumed run does so first, as it may have been killed between state and weights."""
         weights = self.averaged.state_dict()
         save_checkpoint(folder / WEIGHTS_FILE, weights)
         if self.safetensors:

@@ -30,7 +30,13 @@ def conditions(args, epoch, done):
 
 
 def share_done(args, position, epoch_patches):
-    """How much of the run is done, from 0 to 1: by --max_steps or by --epochs, whichever is further."""
+    """How much of the run is done, from 0 to 1: by --max_steps or by --epochs, whichever is further.
+
+    Args:
+        args: of train.py.
+        position: a ``run_folder.Position``.
+        epoch_patches: how many patches a whole epoch has, in all its batches.
+    """
     epochs = (position.epoch + min(1, position.sample / epoch_patches)) / args.epochs
     return max(epochs, position.step / args.max_steps if args.max_steps else 0)
 

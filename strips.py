@@ -2,7 +2,7 @@
 
     python -c "from strips import strip_rows; print(*(strip_rows(width) for width in (481, 1920, 4288)))"
 
-prints in how many rows ``inference.py`` goes over images of these widths; in fewer where there are many cores.
+prints how many rows a strip has in images of these widths; fewer where there are many cores.
 """
 import math
 import mmap

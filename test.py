@@ -44,7 +44,7 @@ from video import VideoOptions, check_crf, derain_video, write_report
 from video_form import CODECS
 from video_input import is_pattern
 
-LARGE = 2**22  # px of an image that is not in memory beside another one
+LARGE = 2**22  # px; of larger images only one at a time is in memory
 
 
 def parse_args(argv=None):

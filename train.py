@@ -67,14 +67,14 @@ def parse_args(argv=None):
     group.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="muon needs fewer steps")
     group.add_argument(
         "--ema", type=float, default=0, metavar="DECAY",
-        help="validate and save an exponential moving average of the weights, for example 0.999; 0: the weights",
+        help="validate and save an exponential moving average of the weights, for example 0.999; 0: no average",
     )
     group.add_argument(
         "--clip_grad", type=at_least(0, float), default=0, metavar="NORM", help="largest gradient norm; 0: no limit"
     )
     add_flag(group, "--use_stage1", True, "train; False only validates and saves the model")
     group.add_argument("--init_weights", type=a_path(str), metavar="FILE", help="start from these weights")
-    group.add_argument("--seed", type=at_least(0), default=0, help="of initialisation, shuffling and augmentation")
+    group.add_argument("--seed", type=at_least(0), default=0, help="of initialisation, order, augmentation and rain")
 
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -99,7 +99,8 @@ def parse_args(argv=None):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument(
         "--amp", type=mixed_precision, nargs="?", const=True, metavar="PRECISION",
-        help="mixed precision: bf16, fp16, or True for the one the device is fast in (default: that, where it has one)",
+        help="mixed precision: bf16, fp16, or True for the one the device is fast in, else bf16"
+        " (default: the one it is fast in, or none)",
     )
     add_flag(group, "--compile", None, "torch.compile (default: for runs long enough to repay its warm-up)")
     add_flag(group, "--channels_last", True, "channels-last memory format")
@@ -121,7 +122,7 @@ def parse_args(argv=None):
 
 
 def load_data(args, device, rank, ranks):
-    """The training loader, the validation pairs, and what tells these data from others (``run_folder.RunState``)."""
+    """The training loader, the validation pairs, and a description of the data (``run_folder.changed_data``)."""
     if args.batch_size % ranks:
         raise InputError(f"--batch_size {args.batch_size}: expected a multiple of {ranks} processes, which share it")
     if args.num_workers is None:

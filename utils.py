@@ -43,7 +43,10 @@ class RunError(Exception):
 
 
 def run_script(main):
-    """Call ``main``; turn its errors into one line on stderr and exit status 2 for bad input, 1 for a failed run."""
+    """Call ``main``; turn its errors into one line on stderr and an exit status.
+
+    It is 2 for bad input, 1 for a run that failed and 130 for Ctrl-C. Faults of our own keep their traceback.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
     try:
@@ -75,7 +78,7 @@ def output_is_closed():
 def drop_output():
     """Drop what will be printed, as the terminal was closed: else each print would raise an error.
 
-    So would those to a pipe, whose reader has had the same signal. What goes to a file still does.
+    What goes to a pipe is dropped too, as its reader has had the same signal. What goes to a regular file is kept.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
@@ -185,7 +188,7 @@ def check_file(option, path, is_ours):
         raise InputError(f"{option} {path}: is a folder; expected the name of a file")
     if os.path.lexists(path) and not is_ours(path):
         raise InputError(
-            f"{option} {path}: would be overwritten, which has no mark of this script; expected another name"
+            f"{option} {path}: would be overwritten, but this script has not written it; expected another name"
         )
 
 
@@ -220,14 +223,15 @@ def printable(name):
 
 
 def temporary_name(name, process):
-    """What a file is called while ``process`` writes it: not its name and more, which may be too long a name."""
+    """What a file is called while ``process`` writes it: its name, shortened as the result could be too long."""
     return f"{name[:40]}-{zlib.crc32(os.fsencode(name)):08x}-{process}.tmp"
 
 
 def remove_leftovers(folder, name=None):
-    """Remove what killed processes left of ``atomic_write``, of one file or all; call it where no other writes them.
+    """Remove the temporary files that killed processes left: those of the file ``name``, or of all files.
 
-    Of all, only those of names up to 40 bytes, which can be told from files of others.
+    Call it only where no other process writes. Without ``name``, only files whose names had up to 40 characters are
+    removed, as longer ones cannot be recognised as ours.
     """
     for path in Path(folder).glob("*-????????-*.tmp"):
         *start, _, process = path.name.removesuffix(".tmp").split("-")

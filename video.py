@@ -135,16 +135,16 @@ def check_output(output, source, task, overwrite):
                 taken.append(table.name)
     if taken:
         raise InputError(
-            f"--output_path {output.parent}: {' and '.join(taken)} would be overwritten, which is not of this program;"
-            " expected another folder"
+            f"--output_path {output.parent}: {' and '.join(taken)} would be overwritten, but no earlier run has written"
+            " that; expected another folder"
         )
     if overwrite or not mark:
         return False
     if mark["task"] != task:
         changed = ", ".join(name for name in task if task[name] != mark["task"].get(name))
         raise InputError(
-            f"--overwrite False: {output} is of another source or other options ({changed}); expected those, or no"
-            " --overwrite False"
+            f"--overwrite False: {output} was made of another source or with other options ({changed}); expected the"
+            " same, or --overwrite True"
         )
     return mark["complete"]
 
