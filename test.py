@@ -299,7 +299,7 @@ def derain_clip(source, place, derain_frame, args, at_once):
     if result.stopped:
         way_on = "the same command with --overwrite False goes on from there"
         if result.kept:
-            way_on = "the finished video that was there is kept"
+            way_on = "the video that was there is kept"
         print(f"stopped after frame {result.last}; {way_on}")
         sys.exit(128 + result.stopped)
     faults = f"{printable(source)}: {'; '.join(result.faults)}" if result.faults else ""

@@ -26,7 +26,9 @@ from utils import (
 )
 from video_form import CODECS, choose_form, describe_form
 from video_input import Shot, clip_name, open_source
-from video_output import SUFFIXES, VideoWriter, beside, choose_container, describe_stream, read_mark
+from video_output import (
+    SUFFIXES, VideoWriter, beside, choose_container, describe_stream, read_mark, unfinished_task,
+)
 
 STATIC_CHANGE = 3  # largest change of a pixel that stands still, in grey levels, after the streaks are filtered out
 STREAK_FILTER = 15  # px, the side of the median filter that removes the streaks
@@ -61,8 +63,9 @@ class VideoResult(NamedTuple):
     ``rows`` has a dictionary with the keys ``COLUMNS`` for each frame that was derained, earlier runs included;
     ``last`` is the number of the last frame in the output; ``faults`` are sentences on what could not be read;
     ``stopped`` is the number of the signal that ended it early, or 0; ``notes`` are sentences on what the output does
-    not keep, and on what not all players can play; ``kept`` is whether the output is the finished video of an earlier
-    run, as this one was stopped; ``late_signal`` is the number of a signal that came when all frames were done, or 0.
+    not keep, and on what not all players can play; ``kept`` is whether the output is that of an earlier run, which
+    is finished or longer than what this one had done when it was stopped; ``late_signal`` is the number of a signal
+    that came when all frames were done, or 0.
     """
 
     output: Path
@@ -138,15 +141,16 @@ def check_output(output, source, task, overwrite):
             f"--output_path {output.parent}: {' and '.join(taken)} would be overwritten, but no earlier run has written"
             " that; expected another folder"
         )
-    if overwrite or not mark:
+    if overwrite:
         return False
-    if mark["task"] != task:
-        changed = ", ".join(name for name in task if task[name] != mark["task"].get(name))
-        raise InputError(
-            f"--overwrite False: {output} was made of another source or with other options ({changed}); expected the"
-            " same, or --overwrite True"
-        )
-    return mark["complete"]
+    for before in (mark and mark["task"], unfinished_task(output)):
+        if before and before != task:
+            changed = ", ".join(name for name in task if task[name] != before.get(name))
+            raise InputError(
+                f"--overwrite False: {output} was begun from another source or with other options ({changed}); expected"
+                " the same, or --overwrite True"
+            )
+    return bool(mark and mark["complete"])
 
 
 # Deraining
@@ -353,34 +357,35 @@ def derain_video(path, folder, derain, options, name=None):
             except OSError as error:
                 raise RunError(f"{output}: could not be written ({error.strerror or error})") from None
             except KeyboardInterrupt:  # before the first frame
-                return VideoResult(output, [], 0, [], signals.number, kept=is_finished(output))
+                return VideoResult(output, [], 0, [], signals.number, kept=is_more(output, 0))
 
 
-def is_finished(path):
-    """Whether a file is a video that this program has derained to the end."""
+def is_more(path, frames):
+    """Whether a file is a result of this program that the first ``frames`` of another one must not replace.
+
+    That is one that is finished, or of more frames.
+    """
     mark = read_mark(path)
-    return bool(mark and mark["complete"])
+    return bool(mark and (mark["complete"] or mark["frames"] > frames))
 
 
 def run(writer, shots, deraining, signals):
-    """Derain the frames that are still to be derained, and write the output; the result of ``derain_video``.
-
-    A finished video that is there gives way to another finished one only, not to the first frames of one.
-    """
+    """Derain the frames that are still to be derained, and write the output; the result of ``derain_video``."""
     source, output, first, before = writer.source, writer.output, writer.first, writer.first - 1 + writer.done
     try:
         failure = deraining.go_through(shots, signals)
         complete = failure is None
-        kept = not complete and is_finished(output)
-        if kept:
+        kept, added = not complete and is_more(output, len(writer.times)), len(writer.times) > writer.done
+        if kept and added:
             writer.packets.remove()
-        elif len(writer.times) > writer.done or complete and writer.times:
+        elif added or complete and writer.times:
             writer.finish(complete)
             writer.packets.remove()
         else:
-            writer.give_up()
+            writer.put_down()
     except (OSError, RunError):
-        writer.packets.remove()
+        if done := writer.put_down():
+            print(f"{printable(output)}: {counted(done, 'frame')} kept, from which --overwrite False goes on", flush=True)
         raise
     if failure and not isinstance(failure, KeyboardInterrupt):
         raise failure

@@ -112,9 +112,12 @@ class PacketFile:
         self.file.seek(offset)
         return self.file.read(length)
 
-    def remove(self):
+    def close(self):
         with suppress(OSError):  # on a full disk, closing tries to write once more
             self.file.close()
+
+    def remove(self):
+        self.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -227,11 +230,11 @@ class VideoWriter:
                 f"--test_data_path {source.path}: --codec {options.codec} takes no frames of {form.width}x{form.height}"
                 f" in {form.target} ({reason_of(error)})"
             ) from None
-        self.packets = PacketFile(Path(f"{beside(output)}.packets"), task)
+        self.packets = PacketFile(packets_path(output), task)
         try:
             self.take_up(options.overwrite)
         except BaseException:
-            self.packets.remove()
+            self.put_down()
             raise
 
     def configure(self, context):
@@ -338,13 +341,18 @@ class VideoWriter:
         if lost:
             print(f"{printable(self.output)}: has no place for the source's {printable(', '.join(lost))}")
 
-    def give_up(self):
-        """Leave things as they were: nothing has been added to what an earlier run has done."""
-        mark = read_mark(self.output)
-        if self.done > (mark["frames"] if mark else 0):
-            self.packets.file.close()  # of a killed run, and there is no more than this
-        else:
-            self.packets.remove()
+    def put_down(self):
+        """End without writing the output. The packets stay if a later run can go on from more frames than the output's.
+
+        Returns:
+            The number of frames that they are of, or 0 if they do not stay.
+        """
+        mark, done = read_mark(self.output), len(self.packets.index)
+        if done and (not mark or mark["task"] == self.task and mark["frames"] < done):
+            self.packets.close()
+            return done
+        self.packets.remove()
+        return 0
 
     def join(self, path, complete):
         """Write the output to a path."""
@@ -478,3 +486,18 @@ def kept_chapters(chapters, zero, length):
 def beside(output):
     """The path, without its suffix, of files that belong to the making of ``output``."""
     return output.with_name(temporary_name(output.name, "")[: -len("-.tmp")])
+
+
+def packets_path(output):
+    """Where the packets of an unfinished ``output`` are."""
+    return Path(f"{beside(output)}.packets")
+
+
+def unfinished_task(output):
+    """The task of the packets that a killed run has left of ``output``, or None."""
+    try:
+        with open(packets_path(output), "rb") as file:
+            task, library = json.loads(file.readline())
+        return task if library == av.__version__ else None
+    except (OSError, ValueError, TypeError):
+        return None

@@ -421,7 +421,7 @@ def test_images_without_labels_and_classes_of_ones_own(detect, data):
     [
         ({"annotations": [{"image_id": 1}]}, "not COCO's JSON"),
         ({"images": [{"id": 1, "file_name": "norain-1.png", "width": 9, "height": 9}]}, "9x9"),
-        ({"images": []}, "expected labels of them"),
+        ({"images": []}, "expected boxes of the detector"),
         ({"categories": [{"id": k, "name": "unicorn"} for k in (7, 8, 9, 10)]}, "only unicorn"),
     ],
 )

@@ -1045,10 +1045,46 @@ def test_a_finished_video_is_not_replaced_by_the_first_frames(
 
     monkeypatch.setattr("test.derain", derain)
     _, result = derain_clip(source, status=1 if error else 130)
-    assert error or f"stopped after frame {count}; the finished video that was there is kept\n" in result.out
+    assert error or f"stopped after frame {count}; the video that was there is kept\n" in result.out
     assert contents(output.parent) == before
     derain_clip(source, "--frames", "1:5")
     assert len(frames_of(output)) == 5, "another finished one replaces it"
+
+
+def test_a_stopped_video_is_not_replaced_by_fewer_frames(derain_clip, kept, tmp_path, monkeypatch):
+    """Of 9 frames, which --overwrite False would have gone on with, had it not been forgotten."""
+    source, stop_at = make_clip(tmp_path / "in/clip.mp4", moving(20)), iter((9, 0, 3, 12))
+
+    def stopping():
+        frames, stop = itertools.count(), next(stop_at)
+
+        def derain(frame):
+            if next(frames) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return frame
+
+        return derain
+
+    output, _ = kept(source, stopping())
+    before = contents(output.parent)
+    for _ in range(2):
+        assert kept(source, stopping())[1].kept
+        assert contents(output.parent) == before
+    assert not kept(source, stopping())[1].kept and len(frames_of(output)) == 12
+
+
+def test_the_frames_of_a_killed_run_are_not_dropped_for_other_options(kept, tmp_path):
+    source, folder = make_clip(tmp_path / "in/clip.mp4", moving()), tmp_path / "results"
+    process = child(source, folder, 0.05)
+    wait_for(lambda: packets_done(folder) > 1000, process)
+    process.kill()
+    process.communicate()
+    before = contents(folder)
+    with pytest.raises(InputError, match="other options .crf.; expected the same, or --overwrite True"):
+        kept(source, overwrite=False, crf=30)
+    assert contents(folder) == before
+    result = kept(source, overwrite=False)[1]
+    assert result.last == 60 and len(result.rows) < 60 and set(contents(folder)) == {"clip.mp4"}
 
 
 def test_stopped_before_the_first_frame_leaves_nothing(tmp_path):
@@ -1230,7 +1266,26 @@ def test_a_full_disk_in_one_sentence(refused, checkpoint, small_disk, tmp_path):
         "test", "--save_path", checkpoint, "--recurrent_iter", 1, "--test_data_path", source, "--output_path", disk,
         status=1, names=[disk / "clip.mp4", "No space left"],
     )
-    assert contents(disk) == {}
+    assert [name[-8:] for name in contents(disk)] == [".packets"]
+
+
+@pytest.mark.parametrize("room", [0.5, 1.5])
+def test_the_frames_that_a_full_disk_has_room_for_are_gone_on_with(kept, small_disk, tmp_path, capsys, room):
+    """Where the packets have no room, and where they have but the joined file has not."""
+    source, frames = make_clip(tmp_path / "in/clip.mp4", pictures(30, 128, 192)), []
+    size = kept(source)[0].stat().st_size
+    disk = small_disk(f"{int(room * size) // 1024}k")
+    for again in (False, True):  # without room, the second run changes nothing
+        with pytest.raises(RunError, match=f"{disk / 'clip.mp4'}: could not be written .No space left on device"):
+            derain_video(source, disk, lambda frame: frame, VideoOptions(overwrite=not again))
+        out = capsys.readouterr().out
+        assert "kept, from which --overwrite False goes on" in out and (not again or "going on after frame" in out)
+        assert [name[-8:] for name in contents(disk)] == [".packets"]
+    subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+    result = derain_video(source, disk, lambda frame: frames.append(frame) or frame, VideoOptions(overwrite=False))
+    assert result.last == 30 and len(frames) < 30 and (room < 1 or not frames)
+    assert set(contents(disk)) == {"clip.mp4"}
+    assert_same_planes(source, disk / "clip.mp4", 3)
 
 
 # Parts and pictures
