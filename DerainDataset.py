@@ -8,8 +8,6 @@ import hashlib
 import io
 import os
 import shutil
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from pairs import pair_size, read_pair, report_left_out
 from training_sets import PRENET_FILES, TrainingSet
-from utils import InputError, atomic_write, counted, locked, progress, remove_leftovers, reserve
+from utils import InputError, ahead, atomic_write, cores, counted, locked, progress, remove_leftovers, reserve
 
 # Packing
 
@@ -106,21 +104,6 @@ def cut_patches(pair, positions, patch_size):
     return *patches, digest.digest()
 
 
-def map_in_order(function, jobs):
-    """Yield ``function(*job)`` for each job in order, computed by threads that are at most a few jobs ahead.
-
-    Unlike ``Executor.map``, which would hold the results of all jobs where they are taken slowly.
-    """
-    threads, waiting = os.cpu_count(), deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for job in jobs:
-            waiting.append(pool.submit(function, *job))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def packed_size(cuts, patch_size):
     """About how many bytes of disk the packed file of ``plan_cuts`` takes, and no less than it does."""
     patches = sum(map(len, cuts.values()))
@@ -185,8 +168,7 @@ def pack(cuts, path, patch_size, digest=""):
             file.create_dataset("names", data=names, fletcher32=True)
             file.attrs["fingerprint"] = np.bytes_(digest)  # of fixed length: HDF5 can hang on a damaged other
             start = 0
-            jobs = ((pair, positions, patch_size) for pair, positions in cuts.items())
-            results = map_in_order(cut_patches, jobs)
+            results = ahead(lambda cut: cut_patches(*cut, patch_size), cuts.items(), cores())
             for *patches, image_digest in progress(results, f"packing {path.name}", total=len(cuts)):
                 stop = start + len(patches[0])
                 for array, part in zip(arrays, patches):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from checkpoints import load_network
-from inference import StripRunner, to_image, to_tensor
+from inference import StripRunner, derain_array, to_image, to_tensor
 from losses import LPIPSLoss, PerceptualContrastiveLoss
 from metrics import measure
 from pairs import find_pairs, hold_out, read_pair
@@ -80,6 +80,7 @@ def parse_args(argv=None):
         "--output", type=a_path(), metavar="FILE", help="also write the table to this file, anew after each run"
     )
     add_flag(parser, "--resume", False, "go on where this script was stopped, with the same options")
+    add_flag(parser, "--preprocess", False, "pack the images again, also where PReNet's packed files lie beside them")
     args, passed_on = parser.parse_known_args(argv)
     if len(args.val_pairs) not in (1, len(args.data_path)):
         parser.error(f"argument --val_pairs: expected one number, or {len(args.data_path)}, one for each --data_path")
@@ -138,19 +139,17 @@ def evaluate(weights, pairs, lpips, pcl):
     """
     runner, rows = StripRunner(load_network(weights)), []
     for pair in progress(pairs, weights.parent.name):
-        rainy, clean = map(to_tensor, read_pair(pair))
-        derained = runner(rainy).clamp(0, 1)
-        scores = measure(to_image(derained), to_image(clean))
+        rainy, clean = read_pair(pair)
+        derained = derain_array(runner, rainy).clamp(0, 1)
+        scores = measure(to_image(derained), clean)
+        rainy, clean = to_tensor(rainy), to_tensor(clean)
         distances = lpips(derained, clean).item(), pcl(derained, clean, rainy).item()
         rows.append((scores["psnr_y"], scores["ssim_y"], *distances))
     return np.mean(rows, axis=0)
 
 
-def measured_pairs(args, packed_anew):
+def measured_pairs(args):
     """What the networks are measured on: {what it is: its pairs}. train.py holds out the same.
-
-    Args:
-        packed_anew: whether train.py packs the pairs itself where PReNet's packed files lie beside them.
 
     Raises:
         InputError: no pairs, or a folder of patches whose backgrounds nobody can tell from those that are held out.
@@ -158,7 +157,7 @@ def measured_pairs(args, packed_anew):
     chosen, counts = {}, args.val_pairs * (len(args.data_path) if len(args.val_pairs) == 1 else 1)
     for text, count in zip(args.data_path, counts):
         folder, _ = counted_folder(text)
-        if not packed_anew and all((folder / name).is_file() for name in PRENET_FILES):
+        if not args.preprocess and all((folder / name).is_file() for name in PRENET_FILES):
             raise InputError(
                 f"--data_path {folder}: holds PReNet's packed files, from which nothing can be left out; expected"
                 " --preprocess True, to pack its pairs, or a folder without these files"
@@ -212,7 +211,7 @@ def train(args, passed_on, seed, weights, folder):
         sys.executable, str(TRAIN), "--data_path", *args.data_path, "--val_pairs", *map(str, args.val_pairs),
         "--seed", str(seed), "--max_steps", str(args.max_steps), "--epochs", str(args.max_steps),  # no fewer steps
         "--w_contrast", str(weights[0]), "--w_lpips", str(weights[1]), "--use_seg_stage1", "False",
-        "--save_path", str(folder), *passed_on,
+        "--preprocess", str(args.preprocess), "--save_path", str(folder), *passed_on,
     ]
     for option, value in (("--val_path", args.val_path), ("--backbone_dir", args.backbone_dir)):
         command += [option, value] if value else []
@@ -234,7 +233,7 @@ def main():
     check_folder("--logs", args.logs)
     if args.output:
         check_file("--output", args.output, begins_with(HEADING))
-    measured = measured_pairs(args, "--preprocess" in passed_on)
+    measured = measured_pairs(args)
     check_runs(args, passed_on)
     lpips, pcl = LPIPSLoss(backbone_dir=args.backbone_dir), PerceptualContrastiveLoss(args.backbone_dir)
     scores = {title: {} for title in measured}

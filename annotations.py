@@ -101,8 +101,8 @@ def read_labels(path, pairs, classes, file_classes):
     else:
         labels, unknown = read_coco(path, pairs, numbers)
     if not any(entry is not None and len(entry.boxes) for entry in labels):
-        there = f"only boxes of {', '.join(unknown)}, which the detector does not know" if unknown else "no boxes"
-        raise InputError(f"--labels {path}: {there} in these images; expected boxes of the detector's classes")
+        there = f"only boxes of {', '.join(unknown)}" if unknown else "no boxes"
+        raise InputError(f"--labels {path}: {there} in these images; expected boxes of classes that the detector knows")
     return labels, unknown
 
 
@@ -111,7 +111,14 @@ def read_coco(path, pairs, numbers):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        images = {Path(entry["file_name"]).stem.lower(): entry for entry in content["images"]}
+        images = {}
+        for entry in content["images"]:
+            twin = images.setdefault(Path(entry["file_name"]).stem.lower(), entry)
+            if twin is not entry:
+                raise InputError(
+                    f"--labels {path}: {twin['file_name']} and {entry['file_name']} have one name; expected one image"
+                    " for each"
+                )
         boxes = defaultdict(list)
         for entry in content["annotations"]:
             x, y, width, height = map(float, entry["bbox"])

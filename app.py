@@ -251,7 +251,7 @@ class Page:
                 except (MemoryError, RuntimeError):
                     with faults_of("this job"):  # makes an InputError of it if it is for want of memory
                         raise
-            except (InputError, RunError, OSError) as error:
+            except (InputError, RunError, OSError, Cancelled) as error:
                 message = sentence(error, self.desk.folders)
             except Exception:
                 traceback.print_exc()

@@ -22,14 +22,16 @@ from torch.utils.data import DataLoader
 
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import HALF_PRECISIONS, PeakMemory, can_compile, fast_bfloat16, loader_processes, pick_device
-from engines import CORES, check_packages, compare_engines
+from engines import check_packages, compare_engines
 from inference import FullFloat32, StripRunner
 from losses import DerainLoss
 from muon import build_optimizers
 from networks import SAPNet
 from rain import TrainingRain
 from training_sets import find_training_sets
-from utils import InputError, a_path, add_flag, at_least, begins_with, check_file, counted, run_script, write_text
+from utils import (
+    InputError, a_path, add_flag, at_least, begins_with, check_file, cores, counted, run_script, write_text,
+)
 
 PRECISIONS = {"fp32": torch.float32, **HALF_PRECISIONS}
 BATCH, PATCH, STRIDE = 12, 100, 80  # as published: patches a step, their side in px and the distance between them
@@ -362,7 +364,7 @@ def main():
         processor = torch.cuda.get_device_name(device)
     else:
         cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-        processor = f"{cpu}, {counted(CORES if args.engines else torch.get_num_threads(), 'thread')}"
+        processor = f"{cpu}, {counted(cores() if args.engines else torch.get_num_threads(), 'thread')}"
     machine = {"device": processor, "torch": torch.__version__, "python": platform.python_version()}
     if args.engines:
         machine |= check_packages()

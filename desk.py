@@ -22,7 +22,7 @@ from outputs import METRICS, model_name
 from pairs import Pair
 from pictures import Saving, derain, faults_of, process, save
 from test import describe_change, fill_in_defaults, load_runner, parse_args, plan_jobs, video_options
-from utils import InputError, RunError, counted
+from utils import InputError, counted
 from video import derain_video, write_report
 from video_input import open_source
 
@@ -34,8 +34,8 @@ GRACE = 3600  # seconds after which the results of a page go that no longer answ
 # One job at a time
 
 
-class Cancelled(RunError):
-    """A visitor no longer wants the job."""
+class Cancelled(Exception):
+    """A visitor no longer wants the job; no ``RunError``, as no frame has failed."""
 
 
 class Work(NamedTuple):

@@ -211,6 +211,8 @@ def class_names(text):
     """The names of the classes from Ultralytics' metadata, {0: 'person', ...} as a text; ``COCO`` without any."""
     try:
         names = ast.literal_eval(text or "")
+        if isinstance(names, str):
+            return COCO
         return tuple(str(names[number]) for number in range(len(names)))
-    except (ValueError, SyntaxError, KeyError, TypeError):
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):  # damaged
         return COCO

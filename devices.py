@@ -14,14 +14,10 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from processes import processes_here
-from utils import InputError, RunError, boolean, counted
+from utils import InputError, RunError, boolean, cores, counted
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = 7, 0  # the first compute capability that has them, and that torch.compile can write kernels for
-FULL = (  # what errors of a GPU whose memory is full say
-    "out of memory", "STATUS_ALLOC_FAILED",  # cuDNN and cuBLAS
-    "Invalid buffer size",  # Apple's, of a tensor that is larger than one may be
-)
 PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # where Linux tells of memory
 
 
@@ -50,9 +46,12 @@ def pick_device(name, own_process=True):
         if device.type == "meta":
             raise RuntimeError
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError):  # the last two where PyTorch was built without the device
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two where PyTorch was built without it
         found = [f"cuda:{card}" for card in range(torch.cuda.device_count())]
         found += ["mps"] if torch.backends.mps.is_available() else []
+        if chosen in found or chosen == "cuda" and found:  # others may have filled its memory, or have it to themselves
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"--device {name}: {chosen} cannot be used ({reason}); expected a free device") from None
         needed = f", and one for each of {processes} processes" if chosen != name and processes > 1 else ""
         raise InputError(
             f"--device {name}: expected auto or a device of this machine ({', '.join(['cpu', *found])}){needed}"
@@ -87,6 +86,12 @@ def can_compile(device):
     return shutil.which(os.environ.get("CXX", "g++")) is not None and device.type != "mps" and not old
 
 
+def check_compile(wanted, device):
+    """Refuse --compile where it cannot work; ``wanted`` is None where it was left to the program."""
+    if wanted and not can_compile(device):
+        raise InputError("--compile: expected a C++ compiler (g++, or that of the variable CXX), and no old GPU")
+
+
 def choose_speed(args, device, steps):
     """Resolve the speed options that were left to the program; ``steps`` are those of the whole run.
 
@@ -116,8 +121,7 @@ def mixed_precision(text):
 
 def loader_processes():
     """How many loader processes a process of the run has: its share of the cores, 1 to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, max(1, cores // processes_here()))
+    return min(16, max(1, cores() // processes_here()))
 
 
 def threads_beside(device):
@@ -213,11 +217,6 @@ def resident_memory(field):
     """Bytes of main memory that this process has now ("VmRSS") or has had at most ("VmHWM")."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def out_of_memory(error):
-    """Whether an exception says that a GPU's memory is full; many have no type of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL)
 
 
 class FiniteCheck:

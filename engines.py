@@ -7,7 +7,6 @@ compares plain PyTorch, ``StripRunner``, onnxruntime and OpenVINO, alone and bes
 """
 import math
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from devices import HALF_PRECISIONS, resident_memory
 from export import write_onnx
 from inference import StripRunner, to_tensor
 from rain import draw_rain, sample_photograph
-from utils import InputError, RunError
+from utils import InputError, RunError, cores
 
 ENGINES = {  # name: (the packages that it needs, its precisions)
     "plain PyTorch": (("torch",), ("fp32", "bf16")),
@@ -31,7 +30,6 @@ ENGINES = {  # name: (the packages that it needs, its precisions)
     "onnxruntime": (("onnxruntime",), ("fp32",)),
     "OpenVINO": (("openvino",), ("fp32", "bf16")),
 }
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PLAIN_PIXELS = 1e6  # plain PyTorch and onnxruntime are left out for larger images: 100 s and 14 GB at 1440x1920
 
 
@@ -42,14 +40,14 @@ def build(name, precision, onnx):
 
         options = onnxruntime.SessionOptions()
         options.enable_mem_pattern = False
-        options.intra_op_num_threads = CORES
+        options.intra_op_num_threads = cores()
         session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
         return lambda image: session.run(["derained"], {"rainy": image})[0]
     if name == "OpenVINO":
         import openvino
 
         hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-        options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": CORES}
+        options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": cores()}
         model = openvino.Core().compile_model(onnx, "CPU", options)
         return lambda image: model(image)["derained"]
     net, half = load_network(BUNDLED / "general.pth"), HALF_PRECISIONS.get(precision)
@@ -67,7 +65,7 @@ def build(name, precision, onnx):
 
 def serve(name, precision, onnx, connection):
     """In a process of its own: answer each image that comes with (seconds, output), and None with the peak memory."""
-    torch.set_num_threads(CORES)
+    torch.set_num_threads(cores())
     run = build(name, precision, onnx)
     while (image := connection.recv()) is not None:
         started = time.perf_counter()

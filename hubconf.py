@@ -226,12 +226,11 @@ class _Derain:
         _check_array(image)
         inference = _module("inference")
         free = _module("devices").free_memory()
-        rainy = inference.to_tensor(image[..., :3]).to(self.device)
         # One at a time: the runner sets float32's precision for the whole process, and two would take memory twice.
         with _usual_errors(), _DERAINING:
             self._runner.max_memory = 0.75 * free if self.max_memory is None else self.max_memory * 2**30
             try:
-                output = inference.without_tint(self._run(rainy), image[..., :3])
+                output = inference.derain_array(self._run, image[..., :3], self.device)
                 derained = inference.to_image(output, image.dtype)
             except OSError as error:
                 if error.filename is None and not isinstance(error, FileNotFoundError):

@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from devices import out_of_memory
 from networks import CHANNELS, DILATIONS, GATES, SeparableConv, SplitConv
 from strips import MARGIN, SMALLEST_STRIP, ColumnSums, FeatureMap, column_sums, for_each, in_one_thread, strip_pixels
-from utils import RunError
+from utils import RunError, memory_is_full
 
 
 # Images and tensors
@@ -67,17 +66,20 @@ def to_image(tensor, dtype=np.uint8):
     return np.rint(image * np.iinfo(dtype).max).astype(dtype)
 
 
-def without_tint(derained, rainy):
-    """A network's output, without the faint colours that it gives to a grey picture.
+def derain_array(runner, image, device="cpu"):
+    """Derain an image that is an array.
 
     Args:
-        derained: (1, 3, H, W) the output.
-        rainy: (H, W, 3) array, the picture that was derained.
+        runner: a ``StripRunner``, or a function like it.
+        image: (H, W, 3) RGB uint8 or uint16, any size.
+        device: of the network.
 
     Returns:
-        ``derained``; where each pixel of ``rainy`` has three equal values, the mean of its channels in all three.
+        (1, 3, H, W) float32, about [0, 1]. Of an image without colour, in which each pixel has three equal values, it
+        has the mean of the channels in all three, as the network would give it faint colours.
     """
-    if (rainy == rainy[..., :1]).all():
+    derained = runner(to_tensor(image).to(device))
+    if (image == image[..., :1]).all():
         return derained.mean(1, keepdim=True).expand_as(derained)
     return derained
 
@@ -369,7 +371,7 @@ class StripRunner:
             try:
                 return self.run_whole(rainy)
             except RuntimeError as error:  # one image goes on in strips, which need less; of several the caller decides
-                if len(rainy) > 1 or not out_of_memory(error):
+                if len(rainy) > 1 or not memory_is_full(error):
                     raise
         return self.run_one(rainy) if len(rainy) == 1 else torch.cat([self.run_one(image) for image in rainy.split(1)])
 
@@ -390,7 +392,7 @@ class StripRunner:
             try:
                 return self.run_strips(rainy, pixels)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not memory_is_full(error):
                     raise
             pixels //= 2
         size = f"{rainy.shape[3]}x{rainy.shape[2]}"

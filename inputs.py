@@ -250,7 +250,9 @@ def find_inputs(args):
     report_left_out(args.test_data_path, named, "clean images of others")
     inputs = Inputs(*(list(chain(*lists)) for lists in zip(*(found[path] for path in args.inputs))))
     if not inputs.pictures and not inputs.clips:
-        raise InputError(f"--test_data_path {args.inputs[0]}: neither an image nor a video, as all the others")
+        own = all(path.is_file() and earlier_results([path], path.parent, args) for path in args.inputs)
+        what = "a result of an earlier run" if own else "neither an image nor a video"
+        raise InputError(f"--test_data_path {args.inputs[0]}: {what}, as all the others")
     if not args.no_reference:
         named = {path for path in args.inputs if path.is_file()}
         tell_of_clean_images(pair.rainy for pair, *_ in inputs.pictures if pair.clean is None and pair.rainy in named)

@@ -8,7 +8,6 @@ import argparse
 import os
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import cv2
 import numpy as np
 
 from images import find_images, image_size, list_images, read_image, read_rgb, to_uint8
-from utils import InputError, a_path, counted, natural_key, printable, progress, run_script
+from utils import InputError, a_path, ahead, cores, counted, natural_key, printable, progress, run_script
 
 # Layouts: any rainy folder below goes with any clean folder, in any case of their names; "." is the data set's own.
 RAINY_FOLDERS = ("rainy", ".", "rainy_image", "input", "rain", "rain/x2", "lq", "data", "in")
@@ -407,9 +406,9 @@ class Backgrounds:
     def describe(self, pairs):
         """(len(pairs), 256) float32: the thumbnails of the pairs' clean images, of mean 0 and length 1."""
         unread = list({pair[1:]: pair for pair in pairs if pair[1:] not in self.thumbnails}.values())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = progress(pool.map(thumbnail, unread), "comparing backgrounds", len(unread)) if unread else ()
-            self.thumbnails.update(zip((pair[1:] for pair in unread), results))
+        results = ahead(thumbnail, unread, cores())
+        results = progress(results, "comparing backgrounds", len(unread)) if unread else ()
+        self.thumbnails.update(zip((pair[1:] for pair in unread), results))
         return np.stack([self.thumbnails[pair[1:]] for pair in pairs]) if pairs else np.empty((0, 256), np.float32)
 
     def partners(self, pairs, others):

@@ -12,14 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from comparison import panel, thumbnail
-from devices import out_of_memory
 from images import MARK, WRITTEN, mark_of, read_image, read_metadata, read_rgb, to_uint8, write_image
-from inference import to_image, to_tensor, without_tint
+from inference import derain_array, to_image
 from metadata import Metadata
 from metrics import measure, measure_alone
 from pairs import check_sizes, read_clean, read_rainy
 from runners import SharedRunner
-from utils import InputError, RunError, printable
+from utils import InputError, RunError, memory_is_full, printable, want_of_memory
 
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # of a file system that cannot have such a name
 
@@ -44,24 +43,9 @@ def derain(runner, image, device):
         (array of the same shape and dtype, alpha unchanged; its (H, W, 3) uint8 RGB, which is measured). What is grey
         stays grey.
     """
-    rainy = image[..., :3]
-    output = without_tint(runner(to_tensor(rainy).to(device)), rainy)
+    output = derain_array(runner, image[..., :3], device)
     derained = np.concatenate((to_image(output, image.dtype), image[..., 3:]), axis=2)
     return derained, to_image(output)
-
-
-@contextmanager
-def want_of_memory(path=None):
-    """Make of a lack of memory a ``RunError``, which names a ``path``."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).partition("\n")[0]
-        memory = isinstance(error, MemoryError) or out_of_memory(error)
-        if not memory and "allocate memory" not in text:  # by a CPU
-            raise
-        named = f"{path}: " if path else ""
-        raise RunError(f"{named}not enough memory ({text or type(error).__name__})") from None
 
 
 @contextmanager
@@ -75,11 +59,18 @@ def faults_of(path):
 
 
 def save(path, picture, metadata, quality=95, mark=MARK):
-    """Write a picture, with its ``mark``; errors as for ``write_image``, and ``InputError`` for impossible names."""
+    """Write a picture, with its ``mark``.
+
+    Raises:
+        InputError: this one cannot be written, for want of memory or as its name is impossible; another may be.
+        RunError: it could not be written, as on a full disk.
+    """
     try:
-        write_image(path, picture, metadata._replace(software=mark), quality)
+        with want_of_memory(f"{path}: "):
+            write_image(path, picture, metadata._replace(software=mark), quality)
     except RunError as error:
-        if getattr(error.__context__, "errno", None) in NAME_ERRORS:
+        cause = error.__context__
+        if getattr(cause, "errno", None) in NAME_ERRORS or cause and memory_is_full(cause):
             raise InputError(str(error)) from None
         raise
 

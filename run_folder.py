@@ -77,12 +77,13 @@ def refuse_other_files(folder, option):
     """
     log = folder / LOG_FILE
     taken = [name for name in (WEIGHTS_FILE, SAFETENSORS_FILE) if (folder / name).exists()]
-    taken += [] if is_log(log) else [LOG_FILE]
     try:
         options = read_options(folder)
     except InputError:
         options = None
-    of_a_run = "save_path" in (options or {})
+    of_a_run = "save_path" in (options or {})  # which are written before the log
+    if log.exists() and not (of_a_run and is_log(log)):
+        taken.append(LOG_FILE)
     if (folder / "args.json").exists() and not of_a_run:
         taken.append("args.json")
     ends = ["epoch" in record for record in read_log(log)] if log.exists() and not taken else []
@@ -96,12 +97,10 @@ def refuse_other_files(folder, option):
 
 
 def is_log(path):
-    """Whether a log.jsonl is empty, absent or of a run, which may have been killed within its first line."""
+    """Whether a log.jsonl is empty or of a run, which may have been killed within its first line."""
     try:
         text = path.read_text(encoding="utf-8")
         return not text or bool(read_log(path)) or text.startswith("{") and "\n" not in text
-    except FileNotFoundError:
-        return True
     except (OSError, ValueError):
         return False
 
@@ -130,7 +129,7 @@ def read_log(path):
             record = json.loads(line)
         except ValueError:
             break
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             break
         records.append(record)
     return records

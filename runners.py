@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoints import network_options
-from devices import out_of_memory
+from utils import memory_is_full
 
 
 @dataclass(eq=False)  # each is itself, whatever its image
@@ -58,7 +58,7 @@ class SharedRunner:
         try:
             self.run(calls)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not memory_is_full(error):
                 raise
             return False
         return True

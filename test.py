@@ -31,14 +31,14 @@ from outputs import (
     COLUMNS, NO_REFERENCE, SHEET, Job, average, check_outputs, default_output, describe, explain_no_reference,
     extension, name_clips, name_outputs,
 )
-from pictures import Saving, derain, process, save, want_of_memory
+from pictures import Saving, derain, process, save
 from processes import (
     AmongProcesses, as_one_run, from_first, join_processes, processes_here, rank_of_run, to_first,
 )
 from runners import SharedRunner, self_ensemble, settings_of
 from utils import (
     InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable, progress,
-    run_script, write_csv,
+    run_script, want_of_memory, write_csv,
 )
 from video import VideoOptions, check_crf, derain_video, write_report
 from video_form import CODECS
@@ -134,7 +134,7 @@ def frame_range(text):
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"expected A:B with 1 <= A <= B, got {text!r}")
-    return int(first), int(last)
+    return int(first), min(int(last), sys.maxsize)  # more cannot be counted
 
 
 def check_options(args):
@@ -332,7 +332,7 @@ def derain_clips(runner, clips, args, device):
     with closing(derain_frame):
         for (path, below), place in zip(clips, name_clips(clips)):
             try:
-                with want_of_memory(path):
+                with want_of_memory(f"{path}: "):
                     derain_clip(path, place, derain_frame, args, at_once)
             except (InputError, RunError) as error:
                 if len(args.inputs) == 1 and path == args.test_data_path:

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
 from devices import (
-    HALF_PRECISIONS, FiniteCheck, choose_speed, loader_processes, mixed_precision, pick_device, threads_beside,
+    HALF_PRECISIONS, FiniteCheck, check_compile, choose_speed, loader_processes, mixed_precision, pick_device,
+    threads_beside,
 )
-from inference import StripRunner, to_image, to_tensor
+from inference import StripRunner, derain_array, to_image
 from losses import add_loss_options, batch_psnr, build_criterion
 from metrics import METRICS, measure
 from muon import build_optimizers
@@ -41,7 +42,9 @@ from run_folder import (
 from runners import SharedRunner
 from schedule import add_schedule_options, check_schedule_options, conditions, share_done
 from training_sets import add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation
-from utils import InputError, Parser, a_path, add_flag, ahead, at_least, check_folder, counted, progress, run_script
+from utils import (
+    InputError, Parser, a_path, add_flag, ahead, at_least, check_folder, counted, progress, run_script, want_of_memory,
+)
 
 
 def parse_args(argv=None):
@@ -74,7 +77,9 @@ def parse_args(argv=None):
     )
     add_flag(group, "--use_stage1", True, "train; False only validates and saves the model")
     group.add_argument("--init_weights", type=a_path(str), metavar="FILE", help="start from these weights")
-    group.add_argument("--seed", type=at_least(0), default=0, help="of initialisation, order, augmentation and rain")
+    group.add_argument(
+        "--seed", type=at_least(0, maximum=2**64 - 1), default=0, help="of initialisation, order, augmentation and rain"
+    )
 
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -220,7 +225,7 @@ def validate(net, pairs, device, rank=0, ranks=1):
 
     def score(pair):
         rainy, clean = read_pair(pair)
-        return measure(to_image(runner(to_tensor(rainy).to(device))), clean)
+        return measure(to_image(derain_array(runner, rainy, device)), clean)
 
     mine = progress(pairs[rank::ranks], "validation")
     results = list(ahead(score, mine, threads_beside(device)))
@@ -257,6 +262,8 @@ def train(args, device, rank, ranks):
     elif (args.save_path / STATE_FILE).exists():
         saved, position = read_state(args.save_path)
     resumed, position = saved is not None, position or Position()
+    if args.stop_after and position.step >= args.stop_after:
+        raise InputError(f"--stop_after {args.stop_after}: the run is at step {position.step} already; expected more")
     loader, val_pairs, data = load_data(args, device, rank, ranks)
     if rank > 0 and (change := changed_data(expected, data, "in the first process", "in this one")):
         raise InputError(f"process {rank} of {ranks}: {change}; expected the same data and options for all")
@@ -346,8 +353,8 @@ def train(args, device, rank, ranks):
         scores = validate(averaged, val_pairs, device, rank, ranks) if reported and val_pairs else {}
         if rank == 0 and reported:
             log.add_images(images, position.step)
-            rate = now.learning_rate if now else 0.0
-            record = {"epoch": position.epoch + 1, "step": position.step, "learning_rate": rate}
+            record = {"epoch": position.epoch + 1, "step": position.step}
+            record |= {"learning_rate": now.learning_rate} if now else {}
             record |= {**dict(zip(position.totals, means)), "seconds": round(time.monotonic() - started, 1)}
             report_epoch(args, averaged, position, record, scores, log)
         if complete:
@@ -368,11 +375,13 @@ def main():
     check_folder("--packed_dir", args.packed_dir)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
+    check_compile(args.compile, device)
     rank, ranks = rank_of_run()
     args.resume = args.resume or restarted() and begun_by(args.save_path, launcher())
     with as_one_run(rank, ranks, "; --resume goes on from the last save"), ignore_lost_children():
         with hold_run(args.save_path, args.resume) if rank == 0 else nullcontext():
-            interrupted = train(args, device, rank, ranks)
+            with want_of_memory(advice="; a smaller --batch_size takes less, and --resume goes on from the last save"):
+                interrupted = train(args, device, rank, ranks)
     if interrupted:
         sys.exit(130)
 

@@ -6,6 +6,7 @@ import argparse
 import csv
 import errno
 import io
+import math
 import os
 import re
 import select
@@ -29,6 +30,11 @@ except ImportError:  # Windows, where nothing is locked
 
 HANGUP = getattr(signal, "SIGHUP", None)  # what a terminal sends that is closed; Windows has no such signal
 STOP_SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
+FULL_MEMORY = (  # what errors say of it; many have no type of their own
+    "out of memory", "STATUS_ALLOC_FAILED",  # a GPU's; cuDNN and cuBLAS
+    "Invalid buffer size",  # Apple's, of a tensor that is larger than one may be
+    "allocate memory", "Insufficient memory",  # a CPU's; OpenCV
+)
 
 
 # Errors and options
@@ -42,6 +48,24 @@ class RunError(Exception):
     """A run that failed on good input. The message is one sentence that says at what."""
 
 
+def memory_is_full(error):
+    """Whether an exception says that the memory of this machine or of a GPU is full."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # that is torch's
+    return named or any(words in str(error) for words in FULL_MEMORY)
+
+
+@contextmanager
+def want_of_memory(subject="", advice=""):
+    """Make of a lack of memory a ``RunError``, whose text begins with ``subject`` and ends with ``advice``."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (InputError, RunError, OSError)) or not memory_is_full(error):
+            raise
+        text = str(error).strip().partition("\n")[0]
+        raise RunError(f"{subject}not enough memory ({text or type(error).__name__}){advice}") from None
+
+
 def run_script(main):
     """Call ``main``; turn its errors into one line on stderr and an exit status.
 
@@ -50,7 +74,8 @@ def run_script(main):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
     try:
-        main()
+        with want_of_memory():
+            main()
     except InputError as error:
         let_first_speak()
         sys.exit(fail(error, 2))
@@ -127,8 +152,8 @@ def add_flag(group, name, default, text):
     group.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
 
 
-def at_least(minimum, kind=int):
-    """``argparse`` type for numbers that are ``minimum`` or more."""
+def at_least(minimum, kind=int, maximum=math.inf):
+    """``argparse`` type for numbers that are ``minimum`` or more, and ``maximum`` or less."""
 
     def parse(text):
         try:
@@ -137,6 +162,8 @@ def at_least(minimum, kind=int):
             raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
         if not value >= minimum:
             raise argparse.ArgumentTypeError(f"expected {minimum} or more, got {text}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"expected {maximum} or less, got {text}")
         return value
 
     return parse
@@ -353,13 +380,19 @@ def take_lock(file, path):
         return False
 
 
-# Progress
+# Work and its progress
+
+
+def cores():
+    """The number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def ahead(function, items, threads):
     """Yield ``function(item)`` of each item, in order.
 
     So many ``threads`` work ahead, on the next items; with 0 all is done in the caller's thread when its turn comes.
+    Unlike ``Executor.map``, which would hold all results where they are taken slowly.
     """
     if not threads:
         yield from map(function, items)
@@ -379,12 +412,16 @@ def ahead(function, items, threads):
 def progress(items, description, total=None, status=None):
     """Iterate with a tqdm bar on a terminal, and with a plain line every ten seconds elsewhere.
 
-    ``status`` is a function without arguments whose text is shown beside the estimate.
+    Args:
+        items: any iterable.
+        description: begins the line.
+        total: how many items there are, for the estimate; by default their ``len``, and 0 if nobody knows.
+        status: function without arguments whose text is shown beside the estimate.
     """
     total = len(items) if total is None else total
     status = status or (lambda: "")
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-        with tqdm(items, desc=description, total=total, dynamic_ncols=True) as bar:
+        with tqdm(items, desc=description, total=total or None, dynamic_ncols=True) as bar:
             for item in bar:
                 yield item
                 bar.set_postfix_str(status(), refresh=False)
@@ -395,5 +432,7 @@ def progress(items, description, total=None, status=None):
         now = time.monotonic()
         if now - reported >= 10:
             left = (now - start) / count * (total - count)
-            print(f"{description}: {count}/{total}, about {left:.0f} s left  {status()}".rstrip(), flush=True)
+            # A video may have more frames than it declares, or declare none.
+            of_all = f"/{total}, about {left:.0f} s left" if total >= count else ""
+            print(f"{description}: {count}{of_all}  {status()}".rstrip(), flush=True)
             reported = now

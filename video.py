@@ -385,7 +385,8 @@ def run(writer, shots, deraining, signals):
             writer.put_down()
     except (OSError, RunError):
         if done := writer.put_down():
-            print(f"{printable(output)}: {counted(done, 'frame')} kept, from which --overwrite False goes on", flush=True)
+            kept = f"{counted(done, 'frame')} kept, from which --overwrite False goes on"
+            print(f"{printable(output)}: {kept}", flush=True)
         raise
     if failure and not isinstance(failure, KeyboardInterrupt):
         raise failure

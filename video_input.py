@@ -246,10 +246,11 @@ class PictureSequence:
 
     def __init__(self, pattern):
         before, width, after = NUMBER.split(pattern.name)
-        digits = rf"\d{{{width},}}" if width else r"\d+"
-        fits = re.compile(re.escape(before) + digits + re.escape(after))
-        folder = pattern.parent
-        names = [path for path in folder.iterdir() if fits.fullmatch(path.name)] if folder.is_dir() else []
+        fits, folder = re.compile(re.escape(before) + r"(\d+)" + re.escape(after)), pattern.parent
+        names = [
+            path for path in (folder.iterdir() if folder.is_dir() else ())
+            if (match := fits.fullmatch(path.name)) and len(match[1]) >= int(width or 1)
+        ]
         if not names:
             raise InputError(f"--test_data_path {pattern}: no such file, and no pictures that are numbered so")
         self.path, self.paths = pattern, sorted(names, key=natural_key)

@@ -53,11 +53,15 @@ def test_each_run_is_measured_on_the_pairs_that_it_held_out(run, shared, tmp_pat
     assert (tmp_path / "logs/seed0/run0/log.jsonl").read_text() == before
 
 
-def test_packed_patches_that_cannot_be_told_from_what_is_held_out_are_refused(refused, pairs_dir, tmp_path):
+@pytest.mark.parametrize("preprocess", [(), ("--preprocess", "False"), ("--preprocess=True",)])
+def test_packed_patches_that_cannot_be_told_from_what_is_held_out_are_refused(
+    refused, pairs_dir, tmp_path, preprocess
+):
     for name in ("train_input.h5", "train_target.h5"):
         (pairs_dir / name).touch()
-    options = "--val_pairs", 0, "--val_path", pairs_dir
-    refused("ablation", "--data_path", pairs_dir, *options, "--logs", tmp_path / "logs", names=[pairs_dir, "PReNet's"])
+    options = "--val_pairs", 0, "--val_path", pairs_dir, "--backbone_dir", tmp_path / "none", *preprocess
+    names = ["--backbone_dir"] if "True" in str(preprocess) else [pairs_dir, "PReNet's"]
+    refused("ablation", "--data_path", pairs_dir, *options, "--logs", tmp_path / "logs", names=names)
 
 
 @pytest.mark.parametrize("text", ["mine", "[1]", '{"max_steps": 3}'])

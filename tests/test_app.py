@@ -189,6 +189,18 @@ def test_a_video_that_declares_no_length_is_refused_at_once(desk, tmp_path, cont
     assert done[-1] == (5, 6) and "6 frames" in text and output.exists()
 
 
+def test_a_video_that_is_cancelled_has_not_failed(desk, tmp_path):
+    path, page = make_video(tmp_path / "clip.mkv", "matroska", "ffv1"), desk()
+
+    def report(done, count):
+        if done == 2:
+            page.jobs.cancel("visitor", "video")
+
+    with pytest.raises(Cancelled):
+        page.video("visitor", chosen(page), path, report)
+    assert list(page.jobs.folder.iterdir()) == []
+
+
 def test_what_a_video_loses_is_told_beside_it(desk, tmp_path):
     path, page = make_video(tmp_path / "odd.mkv", "matroska", "ffv1", (63, 47), 2), desk()
     _, text = page.video("visitor", chosen(page), path, lambda *_: None)

@@ -184,6 +184,8 @@ def test_unusual_images_are_trained_on(run, pairs_dir, tmp_path, kind):
         ("train", ("--epochs", 1.5)),
         ("train", ("--ema", 1)),
         ("train", ("--stop_after", 0)),
+        ("train", ("--seed", -1)),
+        ("train", ("--seed", 2**64)),
         ("train", ("--max_steps", 0)),
         ("train", ("--first_stages", 2, 1.5)),
         ("train", ("--first_stages", 7, 0.5)),

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import DerainDataset
 from conftest import contents, make_pairs, photo, save
 from DerainDataset import (
-    PackedPatches, ShuffledBatches, TrainingPatches, map_in_order, open_patches, packed_path, packed_size,
+    PackedPatches, ShuffledBatches, TrainingPatches, open_patches, packed_path, packed_size,
     patch_positions, plan_cuts,
 )
 from images import read_rgb
@@ -249,32 +249,6 @@ def test_foreign_hdf5_file_is_named(tmp_path):
 
 
 # Memory and disk
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_work_is_not_done_far_ahead_of_who_takes_it(monkeypatch, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: threads)
-    begun = []
-    results = map_in_order(lambda number: begun.append(number) or number, ((number,) for number in range(200)))
-    for taken in range(200):
-        assert next(results) == taken
-        if taken % 40 == 0:
-            time.sleep(0.05)
-        assert len(begun) <= taken + 1 + 2 * threads
-    assert next(results, None) is None and sorted(begun) == list(range(200))
-
-
-def test_results_come_in_order_and_errors_where_they_belong():
-    """Later jobs are done first here."""
-
-    def work(number):
-        time.sleep(0.02 if number % 4 == 0 else 0)
-        return 1 / (number - 10)
-
-    results = map_in_order(work, ((number,) for number in range(20)))
-    assert [next(results) for _ in range(10)] == [1 / (number - 10) for number in range(10)]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
 
 
 def test_packing_holds_few_images_where_the_disk_is_slow(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from agreement import (
 from checkpoints import save_checkpoint
 from conftest import contents, photo, save
 from detect import difference, view_names
-from detectors import letterbox
+from detectors import COCO, class_names, letterbox
 from images import MARK, write_image
 from metadata import Metadata
 
@@ -404,6 +404,17 @@ def test_average_precision_against_labels(kind, detect, data):
     assert "objects" not in table["clean", "all"]
 
 
+def test_labels_of_two_images_of_one_name_are_refused(detect, data):
+    images = [{"id": number, "file_name": f"{folder}/norain-1.png"} for number, folder in ((1, "train"), (2, "val"))]
+    result = detect("--labels", coco(data / "boxes.json", {"images": images}.items()))
+    assert result.status == 2 and "train/norain-1.png and val/norain-1.png have one name" in result.err
+
+
+@pytest.mark.parametrize("text", ["'person'", "(" * 10**5, "{1: 'a'}", "", None, "[1"])
+def test_damaged_names_of_classes_are_those_of_coco(text):
+    assert class_names(text) == COCO
+
+
 def test_images_without_labels_and_classes_of_ones_own(detect, data):
     images = [{"id": 2, "file_name": "rain-2.jpg"}]
     result = detect("--labels", coco(data / "boxes.json", {"images": images}.items()))
@@ -421,8 +432,8 @@ def test_images_without_labels_and_classes_of_ones_own(detect, data):
     [
         ({"annotations": [{"image_id": 1}]}, "not COCO's JSON"),
         ({"images": [{"id": 1, "file_name": "norain-1.png", "width": 9, "height": 9}]}, "9x9"),
-        ({"images": []}, "expected boxes of the detector"),
-        ({"categories": [{"id": k, "name": "unicorn"} for k in (7, 8, 9, 10)]}, "only unicorn"),
+        ({"images": []}, "expected boxes of classes"),
+        ({"categories": [{"id": k, "name": "unicorn"} for k in (7, 8, 9, 10)]}, "only boxes of unicorn in"),
     ],
 )
 def test_wrong_coco_files_are_named(change, named, refused, detect, data):

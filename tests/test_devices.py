@@ -1,4 +1,5 @@
 """Which device, precision and number of processes and threads a run takes, with those of other machines imitated."""
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import devices
+import utils
 from devices import choose_speed, loader_processes, pick_device, threads_beside
 from runners import SharedRunner
 from utils import InputError, ahead
@@ -49,6 +51,17 @@ def test_one_process_takes_the_card_that_is_named(cards, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as torchrun --nproc_per_node=1 says
     assert pick_device("cuda:1") == torch.device("cuda:1")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_card_that_others_have_filled_is_not_said_to_be_absent(cards, monkeypatch, name):
+    def full(size, device):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    cards(1)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(InputError, match=f"^--device {name}: cuda:0 cannot be used .CUDA error: out of memory.; exp"):
+        pick_device(name)
 
 
 def test_another_program_keeps_its_current_card(cards, monkeypatch):
@@ -130,6 +143,12 @@ def test_mixed_precision_is_that_of_the_card(monkeypatch, capsys, bfloat16, capa
     choose_speed(args, torch.device("cuda:0"), 10)
     assert args.amp == given and f"mixed precision {given}" in capsys.readouterr().out
     assert torch.backends.cudnn.benchmark
+
+
+def test_compile_is_refused_where_there_is_no_compiler(monkeypatch, refused, pairs_dir, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused("train", "--data_path", pairs_dir, "--save_path", tmp_path / "run", "--compile", names=["--compile", "C++"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("cores, processes, loaders", [(1, 1, 1), (2, 1, 2), (16, 1, 16), (64, 1, 16), (64, 8, 8)])
@@ -243,3 +262,14 @@ def test_a_thread_that_fails_does_not_cost_the_others():
     for thread in threads:
         thread.join()
     assert results == {0: 0.5, 1: 0.75, 2: "too bright", 3: 0.25, 4: 0.125} and not runner.waiting
+
+
+@pytest.mark.parametrize("total, line", [(4, r"work: 1/4, about \d+ s left"), (0, "work: 1"), (None, "work: 1")])
+def test_the_estimate_is_left_out_where_nobody_knows_the_number(monkeypatch, capsys, total, line):
+    """Such as of a bare stream of H.264, and of a video with more frames than it declares."""
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
+    items = (number for number in range(4)) if total is None else range(4)
+    assert list(utils.progress(items, "work", total or 0)) == [0, 1, 2, 3]
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(line, first)

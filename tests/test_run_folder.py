@@ -77,6 +77,7 @@ def test_weights_of_a_run_whose_state_was_removed_are_refused(tmp_path, resume):
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("name, content", [
     ("log.jsonl", "mine\nprecious"), ("log.jsonl", '{"loss": 1}\n{"loss": 2}\n'), ("log.jsonl", b"\xff\xfe{"),
+    ("log.jsonl", '{"step": 1, "loss": 2}\n'),
     ("args.json", '{"learning_rate": 1}'), ("args.json", "mine"), ("net_latest.pth", "mine"),
     ("net_latest.safetensors", "mine"), ("net_best.pth", "mine"), ("net_epoch3.pth", "mine"),
 ], ids=str)

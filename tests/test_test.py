@@ -1146,6 +1146,27 @@ def test_want_of_memory_does_not_cost_the_others(test_run, few, monkeypatch, err
     assert read_csv(output / "metrics.csv")[-1]["image"] == "average of 2"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("(-4:Insufficient memory) Failed to allocate 9 bytes")])
+def test_want_of_memory_in_saving_does_not_cost_the_others(test_run, few, monkeypatch, error):
+    write = pictures.write_image
+
+    def scarce(path, *arguments):
+        if path.name == "rain-2.png":
+            raise error
+        return write(path, *arguments)
+
+    monkeypatch.setattr(pictures, "write_image", scarce)
+    output, result = test_run(few, status=1)
+    assert "1 of 3 images failed: rain-2.png\n" in result.err and "not enough memory" in result.out
+    assert read_csv(output / "metrics.csv")[-1]["image"] == "average of 2"
+
+
+def test_results_alone_are_not_said_to_be_no_images(test_run, refused, few, tmp_path):
+    output, _ = test_run(few)
+    results = sorted(output.glob("*.png"))
+    refused("test", "--test_data_path", *results, "--output_path", output, names=["a result of an earlier run"])
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ZeroDivisionError(), KeyError("psnr")])
 def test_a_fault_of_ours_keeps_its_traceback(test_run, few, monkeypatch, error):
     def broken(*arguments):

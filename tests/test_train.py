@@ -62,6 +62,24 @@ def train_run(run, pairs_dir, tmp_path):
     return start
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
+def test_want_of_memory_is_told_in_a_sentence_and_the_run_goes_on(train_run, monkeypatch, error):
+    def scarce(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", scarce)
+        _, result = train_run(status=1, max_steps=2)
+    assert "not enough memory (" in result.err and "a smaller --batch_size" in result.err
+    train_run("run", "--resume", max_steps=2, batch_size=1)
+
+
+def test_a_step_that_is_past_is_refused_as_where_to_stop(train_run):
+    train_run(stop_after=2)
+    _, result = train_run("run", "--resume", status=2, stop_after=2)
+    assert "--stop_after 2: the run is at step 2 already" in result.err
+
+
 def test_the_last_epoch_is_counted_from_where_the_run_is():
     """Of 100 patches, 16 a batch before and 4 now: 60 steps were 10 epochs, and the 40 to come are 1.6."""
     args, batches = Namespace(max_steps=100, epochs=30), ShuffledBatches(100, 4)
