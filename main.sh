@@ -10,6 +10,15 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
+for argument in "$@"; do
+    case $argument in
+    --test_data_path* | --output_path* | --results_path*)
+        echo "main.sh: error: ${argument%%=*}: each set here has its own; expected this option for test.py" >&2
+        exit 2
+        ;;
+    esac
+done
+
 missing=false
 derain() {  # SET [OPTION...]
     if [ -d "datasets/test/$1" ]; then

@@ -61,6 +61,17 @@ def test_a_checkpoint_given_by_the_user_wins(commands):
     assert sets_and_weights(started) == [("Rain100H", "mine.pth"), ("Rain100L", "mine.pth")]
 
 
+@pytest.mark.parametrize("option", ["--output_path", "--output_path=mine", "--test_data_path", "--results_path"])
+def test_a_folder_for_one_set_is_refused(commands, capfd, option):
+    """The second set's metrics.csv, and its images where names agree, would replace those of the first."""
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        commands(["Rain100H", "Rain100L"], "--device", "cpu", option, "mine")
+    out, err = capfd.readouterr()
+    name = option.partition("=")[0]
+    assert caught.value.returncode == 2 and not caught.value.stdout
+    assert err == f"main.sh: error: {name}: each set here has its own; expected this option for test.py\n"
+
+
 def test_a_missing_set_is_named_and_the_sample_tested(commands):
     started, output = commands(["Rain100L"])
     assert sets_and_weights(started) == [("Rain100L", "weights/light.pth"), ("RainSample", None)]
