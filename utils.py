@@ -30,6 +30,7 @@ except ImportError:  # Windows, where nothing is locked
 
 HANGUP = getattr(signal, "SIGHUP", None)  # what a terminal sends that is closed; Windows has no such signal
 STOP_SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
+UNREAD = "stopped, as what it printed is no longer read"
 FULL_MEMORY = (  # what errors say of it; many have no type of their own
     "out of memory", "STATUS_ALLOC_FAILED",  # a GPU's; cuDNN and cuBLAS
     "Invalid buffer size",  # Apple's, of a tensor that is larger than one may be
@@ -82,8 +83,8 @@ def run_script(main):
     except (RunError, OSError) as error:
         closed = isinstance(error, BrokenPipeError) and output_is_closed()
         if closed:
-            sys.stdout = open(os.devnull, "w")  # else Python complains once more when it ends
-        sys.exit(fail("stopped, as what it printed is no longer read" if closed else error, 1))
+            stop_printing()  # else Python complains once more when it ends
+        sys.exit(fail(UNREAD if closed else error, 1))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", 130))
 
@@ -98,6 +99,11 @@ def output_is_closed():
     except (OSError, ValueError):  # it is no file
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def stop_printing():
+    """Drop what will be printed from now on, but not what goes to stderr."""
+    sys.stdout = open(os.devnull, "w")
 
 
 def drop_output():

@@ -22,10 +22,11 @@ import numpy as np
 
 from images import to_uint8
 from utils import (
-    HANGUP, STOP_SIGNALS, InputError, RunError, ahead, counted, drop_output, locked, printable, progress, write_csv,
+    HANGUP, STOP_SIGNALS, UNREAD, InputError, RunError, ahead, begins_with, counted, drop_output, locked,
+    output_is_closed, printable, progress, stop_printing, write_csv,
 )
-from video_form import CODECS, choose_form, describe_form
-from video_input import Shot, clip_name, open_source
+from video_form import CODECS, choose_form, describe_form, same_tags, tags_of
+from video_input import Shot, clip_name, is_cover, open_source
 from video_output import (
     SUFFIXES, VideoWriter, beside, choose_container, describe_stream, read_mark, unfinished_task,
 )
@@ -47,6 +48,7 @@ class VideoOptions:
         settings: what else the result depends on, such as the weights; values that JSON can hold.
         at_once: how many threads derain frames, while others are read and written; with 0 the caller's thread does all,
             one frame after the other.
+        metadata: whether the result keeps the source's metadata, such as date and place; the colours stay in any case.
     """
 
     codec: str = "h264"
@@ -55,6 +57,7 @@ class VideoOptions:
     overwrite: bool = True
     settings: dict = field(default_factory=dict)
     at_once: int = 0
+    metadata: bool = True
 
 
 class VideoResult(NamedTuple):
@@ -130,12 +133,10 @@ def check_output(output, source, task, overwrite):
             f"--output_path {output.parent}: {output.name} would overwrite an input; expected another folder"
         )
     taken, table, mark = [], output.with_suffix(".csv"), None
-    if output.exists() and not (mark := read_mark(output)):
+    if os.path.lexists(output) and not (mark := read_mark(output)):
         taken.append(output.name)
-    if table.exists():
-        with open(table, encoding="utf-8", errors="replace") as file:
-            if file.readline().strip() != ",".join(COLUMNS):
-                taken.append(table.name)
+    if os.path.lexists(table) and not begins_with(",".join(COLUMNS) + "\n")(table):
+        taken.append(table.name)
     if taken:
         raise InputError(
             f"--output_path {output.parent}: {' and '.join(taken)} would be overwritten, but no earlier run has written"
@@ -144,6 +145,7 @@ def check_output(output, source, task, overwrite):
     if overwrite:
         return False
     for before in (mark and mark["task"], unfinished_task(output)):
+        before = before and {"metadata": True, **before}  # earlier versions knew no other
         if before and before != task:
             changed = ", ".join(name for name in task if task[name] != before.get(name))
             raise InputError(
@@ -206,12 +208,14 @@ class Deraining:
     Attributes:
         rows: a dictionary with the keys ``COLUMNS`` for each frame that was derained.
         lost: the numbers of the frames that could not be read.
+        recoloured: the numbers of the frames whose colours are coded in another way than those of the first.
         last: the number of the last frame that was written.
     """
 
     def __init__(self, writer, derain, at_once):
         self.writer, self.derain, self.at_once = writer, derain, at_once
-        self.rows, self.lost, self.last = [], [], writer.first - 1
+        self.rows, self.lost, self.recoloured, self.last = [], [], [], writer.first - 1
+        self.tags = None  # of the first picture
         self.picture, self.prepared = None, False  # the last picture that could be read; whether one was prepared
         self.derained = None  # the last result
         self.waiting = []  # frames before the first one that can be read
@@ -240,8 +244,12 @@ class Deraining:
                 for frame, derained, seconds in progress(results, "deraining", total=total):
                     self.write(frame, derained, seconds, signals)
             signals.holding = True
-        except OSError:
-            raise
+        except OSError as error:
+            if not (isinstance(error, BrokenPipeError) and output_is_closed()):
+                raise
+            signals.holding = True
+            stop_printing()
+            return RunError(UNREAD)
         except (KeyboardInterrupt, Exception) as error:
             signals.holding = True
             return error
@@ -263,6 +271,10 @@ class Deraining:
         if self.picture is None or shot.picture is None and self.prepared:
             return Frame(number, shot, None, None)
         self.prepared = True
+        tags = tags_of(self.picture, self.writer.source)
+        self.tags = self.tags or tags
+        if not same_tags(tags, self.tags):
+            self.recoloured.append(number)
         return Frame(number, shot, self.picture, self.writer.converter.to_rgb(self.picture))
 
     def work_on(self, frame):
@@ -332,11 +344,13 @@ def derain_video(path, folder, derain, options, name=None):
             leading.append(shot)
         picture = leading[-1].picture
         form = choose_form(picture, source, options.codec)
+        if not options.metadata:  # cameras write where they are into streams of data
+            source.others = [stream for stream in source.others if stream.type != "data"]
         container_name, taken = choose_container(options.codec, source.others, form.aspect in (None, 1))
         output = Path(folder) / f"{name or clip_name(path)}{SUFFIXES[container_name]}"
         task = {
             "source": source.identity(), "codec": options.codec, "crf": options.crf, "frames": options.frames,
-            **options.settings,
+            "metadata": options.metadata, **options.settings,
         }
         task = json.loads(json.dumps(task))  # as it is read again: lists instead of tuples
         if check_output(output, source, task, options.overwrite):
@@ -345,7 +359,12 @@ def derain_video(path, folder, derain, options, name=None):
         with StopSignals() as signals, locked(Path(f"{beside(output)}.lock"), f"--output_path {folder}"):
             try:
                 writer = VideoWriter(source, form, options, output, (container_name, taken), task)
-                sentences = describe_form(form, options.codec, picture)
+                sentences = describe_form(form, options.codec, picture, source)
+                sentences += [
+                    f"{describe_stream(stream)} is another video, copied with its rain"
+                    for stream in source.others
+                    if stream.index in taken and stream.type == "video" and not is_cover(stream)
+                ]
                 sentences += [
                     f"{describe_stream(stream)} is left out, as {SUFFIXES[container_name]} files take no such stream"
                     for stream in source.others if stream.index not in taken
@@ -383,7 +402,7 @@ def run(writer, shots, deraining, signals):
             writer.packets.remove()
         else:
             writer.put_down()
-    except (OSError, RunError):
+    except (OSError, InputError, RunError):  # an InputError where the source is gone, whose sounds are to be copied
         if done := writer.put_down():
             kept = f"{counted(done, 'frame')} kept, from which --overwrite False goes on"
             print(f"{printable(output)}: {kept}", flush=True)
@@ -394,8 +413,13 @@ def run(writer, shots, deraining, signals):
         raise InputError(f"--frames {first}:{writer.last}: no such frames, or none that can be read")
     if kept:
         return VideoResult(output, [], deraining.last, [], signals.number, kept=True)
-    lost = deraining.lost
-    faults = [f"{counted(len(lost), 'frame')} could not be read, the first of them number {lost[0]}"] if lost else []
+    faults = [
+        f"{counted(len(numbers), 'frame')} {what}, the first of them number {numbers[0]}"
+        for numbers, what in (
+            (deraining.lost, "could not be read"),
+            (deraining.recoloured, "coded with other colours than the first, which they are taken to have too"),
+        ) if numbers
+    ]
     if complete:
         faults += source.faults
     rows = [*read_report(output.with_suffix(".csv"), first, before), *deraining.rows]

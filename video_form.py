@@ -4,6 +4,7 @@
 
 prints the pixel format in which H.264 keeps a video of 10 bits.
 """
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from video_input import MAX_PIXELS, UNSPECIFIED
 
 # Colours, by their numbers in ITU-T H.273. The network has seen pictures for common screens (SDR) only.
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+DOLBY_VISION = {"DOVI_RPU_BUFFER", "DOVI_METADATA"}  # by which players turn its colours into known ones
+LOST = {  # what a decoder tells beside a picture, which the output does not
+    "A53_CC": "the closed captions within the pictures are left out",
+    "SPHERICAL": "the mark of a 360-degree video is left out",
+    "STEREO3D": "the mark of a stereoscopic video is left out",
+}
 MATRICES = {1, 4, 5, 6, 7, 9}  # BT.709, FCC, BT.601 of PAL and of NTSC, SMPTE 240M, BT.2020
 UNKNOWN_MATRICES = {0, 2, 3}  # 0 is RGB, which a picture in YUV cannot be
 LIMITED, FULL = 1, 2  # range: black and white are 16 and 235, or 0 and 255
@@ -129,6 +136,21 @@ def colours_of(picture, source):
     return {name: source.colours[name] if value == UNSPECIFIED[name] else value for name, value in own.items()}
 
 
+def tags_of(picture, source):
+    """What the samples of a picture mean, for ``same_tags``: matrix, whether the range is full, transfer."""
+    colours = colours_of(picture, source)
+    return colours["colorspace"], is_full(picture, colours), colours["color_trc"]
+
+
+def is_full(picture, colours):
+    return colours["color_range"] == FULL or picture.format.name.startswith("yuvj")
+
+
+def same_tags(one, other):
+    """Whether two results of ``tags_of`` agree; 2 is unspecified."""
+    return one[1] == other[1] and all(2 in (a, b) or a == b for a, b in zip(one[::2], other[::2]))
+
+
 def choose_matrix(picture, colours, kind, path):
     """The numbers of matrix and range for a picture, as players take them where ``colours`` do not say."""
     usual = 1 if picture.height >= 720 else 6
@@ -140,8 +162,21 @@ def choose_matrix(picture, colours, kind, path):
             f"--test_data_path {path}: its colours have a form that is not known here (matrix {matrix} of H.273);"
             " expected BT.601, BT.709 or BT.2020"
         )
-    full = colours["color_range"] == FULL or picture.format.name.startswith("yuvj")
-    return (matrix if matrix in MATRICES else usual), FULL if full else LIMITED
+    return (matrix if matrix in MATRICES else usual), FULL if is_full(picture, colours) else LIMITED
+
+
+def side_data_of(picture):
+    """{name: data} of what the decoder tells beside a picture, such as "DISPLAYMATRIX", in FFmpeg's names.
+
+    PyAV fails where FFmpeg tells of what it does not know yet, such as EXIF. Then only the rotation can be had.
+    """
+    try:
+        return {data.type.name: bytes(data) for data in picture.side_data}
+    except ValueError:
+        angle = math.radians(picture.rotation)
+        cosine, sine = (round(2**16 * value) for value in (math.cos(angle), math.sin(angle)))
+        matrix = struct.pack("=9i", cosine, -sine, 0, sine, cosine, 0, 0, 0, 2**30)
+        return {"DISPLAYMATRIX": matrix} if picture.rotation else {}
 
 
 def choose_form(picture, source, codec):
@@ -151,7 +186,11 @@ def choose_form(picture, source, codec):
         InputError: the video is HDR or has colours in another form that is not known here, or is too large.
     """
     path, kind, colours = source.path, sampling(picture.format.name).kind, colours_of(picture, source)
-    if hdr := HDR_TRANSFERS.get(colours["color_trc"]):
+    beside = side_data_of(picture)
+    hdr = HDR_TRANSFERS.get(colours["color_trc"])
+    if colours["color_trc"] == UNSPECIFIED["color_trc"] and beside.keys() & DOLBY_VISION:
+        hdr = "Dolby Vision"
+    if hdr:
         raise InputError(
             f"--test_data_path {path}: an HDR video ({hdr}); expected one in SDR, as the network has seen no other"
         )
@@ -166,7 +205,7 @@ def choose_form(picture, source, codec):
     elif codec == "prores":
         value_range = LIMITED  # it has no other
     stream = getattr(source, "stream", None)
-    turn = next((bytes(data) for data in picture.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    turn = beside.get("DISPLAYMATRIX")
     return Form(
         width=picture.width, height=picture.height, source=picture.format.name, target=target,
         deep=sampling(picture.format.name).bits > 8, matrix=matrix, source_range=source_range, range=value_range,
@@ -176,14 +215,17 @@ def choose_form(picture, source, codec):
     )
 
 
-def describe_form(form, codec, picture):
+def describe_form(form, codec, picture, source):
     """Sentences on what the output does not keep of the source's pictures, or keeps in a way that not all can play."""
     has, gets = sampling(form.source), sampling(form.target)
     sentences = []
     if gets.bits < has.bits or (gets.across, gets.down) > (has.across, has.down):
         sentences.append(f"{form.source} becomes {form.target}: {codec} has nothing closer; ffv1 keeps more")
-    if any(part.is_alpha for part in picture.format.components):
+    # FFmpeg's own decoder of VP8 and VP9 leaves it out; a WebM file says that there is some.
+    if source.transparent or any(part.is_alpha for part in picture.format.components):
         sentences.append("the transparency of the frames is left out")
+    sentences += [sentence for name, sentence in LOST.items() if name in side_data_of(picture)]
+    sentences += source.losses
     common = ((8, 2, 2),) if codec == "h264" else ((8, 2, 2), (10, 2, 2))
     if codec in ("h264", "hevc") and gets[1:] not in common:
         why = "keeps the odd size" if form.width % 2 or form.height % 2 else "keeps all of the colours"

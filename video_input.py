@@ -18,7 +18,7 @@ import numpy as np
 from av.format import Flags as FormatFlags
 from av.stream import Discard, Disposition
 
-from images import image_size, read_image
+from images import image_size, read_image, read_metadata
 from utils import InputError, counted, natural_key, printable
 
 # What is read. FFmpeg knows more, among them playlists, which name other files, and text, which it draws.
@@ -27,6 +27,7 @@ DEMUXERS = (
     "yuv4mpegpipe"
 )
 MAX_PIXELS = 2**25  # of a frame; 8K has 33 million
+DECLARE_LENGTH = ("matroska,webm", "flv", "mxf")  # file formats whose header says how long the video is
 MAX_FAILURES = 100  # errors of the file format in a row after which a video is over
 SEQUENCE_RATE = 25  # frames a second of numbered pictures
 UNSPECIFIED = {"color_primaries": 2, "color_trc": 2, "colorspace": 2, "color_range": 0}  # numbers of H.273 and FFmpeg
@@ -72,6 +73,11 @@ class Clock:
         return self.last
 
 
+def is_cover(stream):
+    """Whether a stream is a still picture that goes with the file, such as an album's cover."""
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
 def reason_of(error):
     """What a library says of an error, on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -87,6 +93,8 @@ class VideoFile:
         rate: mean number of frames a second (a ``Fraction``).
         count: the number of frames that the file declares or 0.
         colours: what the container says of them, by the names in ``UNSPECIFIED``.
+        transparent: whether the file says that its pictures have alpha.
+        losses: sentences on what is not read of the source.
         zero: seconds that are subtracted from all times: the time at which the file begins where its clock may have
             any time then, as in MPEG-TS, and else 0.
         faults: sentences on what was not as it should be, once all frames have been read.
@@ -97,6 +105,8 @@ class VideoFile:
 
     def __init__(self, path):
         self.path = Path(path)
+        if self.path.is_fifo():
+            raise InputError(f"--test_data_path {path}: a pipe; expected a file, as it is read more than once")
         options = {"max_pixels": str(MAX_PIXELS), "format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
         try:
             self.container = av.open(f"file:{path}", metadata_errors="replace", options=options)
@@ -112,7 +122,7 @@ class VideoFile:
 
     def choose_streams(self):
         container = self.container
-        videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        videos = [stream for stream in container.streams.video if not is_cover(stream)]
         readable = [stream for stream in videos if stream.codec_context and stream.time_base]
         if not readable:
             what = "its pictures are in a format that cannot be read" if videos else "it has no pictures"
@@ -130,6 +140,7 @@ class VideoFile:
             if other != stream and other.time_base and other.discard != Discard.all
             and not (other.type == "data" and "timecode" in other.metadata)
         ]
+        self.transparent, self.losses = stream.metadata.get("alpha_mode") == "1", []
         self.time_base = stream.time_base
         has_times = not container.format.flags & FormatFlags.no_timestamps.value
         rate = stream.average_rate if has_times else stream.codec_context.framerate
@@ -221,7 +232,7 @@ class VideoFile:
         missing = self.stream.frames - seen
         if missing > (0 if "mp4" in self.container.format.name else self.rate):
             faults.append(f"the file ends early, without {missing} of {counted(self.stream.frames, 'frame')}")
-        elif "matroska" in self.container.format.name and declared - reached > Fraction(1, 2):
+        elif self.container.format.name in DECLARE_LENGTH and declared - reached > Fraction(1, 2):
             faults.append(f"the file ends early: after {float(reached):.1f} of {float(declared):.1f} s")
         elif self.complaints:
             faults.append(f"the file is damaged ({printable(self.complaints[0])})")
@@ -257,7 +268,7 @@ class PictureSequence:
         self.others, self.metadata, self.faults, self.zero = [], {}, [], 0
         self.colours = UNSPECIFIED
         self.rate, self.count = Fraction(SEQUENCE_RATE), len(self.paths)
-        self.time_base = 1 / self.rate
+        self.time_base, self.transparent, self.losses = 1 / self.rate, False, []
 
     def identity(self):
         states = [path.stat() for path in self.paths]
@@ -270,16 +281,25 @@ class PictureSequence:
         size = None
         for number, path in enumerate(self.paths):
             try:
-                size = size or image_size(path)
-                if image_size(path) != size:
+                if size and image_size(path) != size:
                     raise InputError(f"{path}: expected {size[1]}x{size[0]} as in the pictures before")
-                image = np.ascontiguousarray(read_image(path)[..., :3])
+                image = read_image(path)
+                if size is None:
+                    self.look_at_first(path, image)
+                size = image.shape[:2]
             except InputError as error:
                 print(printable(error))
                 yield Shot(number, 1, None)
                 continue
             kind = "rgb24" if image.dtype == np.uint8 else "rgb48le"
-            yield Shot(number, 1, av.VideoFrame.from_ndarray(image, kind))
+            yield Shot(number, 1, av.VideoFrame.from_ndarray(np.ascontiguousarray(image[..., :3]), kind))
+
+    def look_at_first(self, path, image):
+        """Note what the video does not keep of the first picture that can be read, and so perhaps of all."""
+        metadata = read_metadata(path)
+        self.transparent = image.shape[2] == 4
+        if metadata.profile or metadata.foreign:
+            self.losses.append("the pictures' colour profile is left out, so the video may look different")
 
     def chapters(self):
         return []

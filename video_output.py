@@ -26,17 +26,16 @@ from pathlib import Path
 import av
 from av.bitstream import BitStreamFilterContext
 from av.codec.context import Flags as CodecFlags
-from av.stream import Disposition
 
 from utils import InputError, RunError, atomic_write, printable, remove_leftovers, temporary_name
 from video_form import CODECS, Converter
-from video_input import DEMUXERS, Clock, VideoFile, reason_of
+from video_input import DEMUXERS, Clock, VideoFile, is_cover, reason_of
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder would print its settings
 
 SUFFIXES = {"mp4": ".mp4", "matroska": ".mkv", "mov": ".mov"}
 NOT_COPIED = re.compile(  # metadata that are about the source's file, not about its content
-    "major_brand|minor_version|compatible_brands|encoder|encoding_tool|sapnet|duration|vendor_id"
+    "major_brand|minor_version|compatible_brands|encoder|encoding_tool|sapnet|duration|vendor_id|alpha_mode"
     "|(bps|number_of_frames|number_of_bytes|_statistics.*)(-.*)?", re.IGNORECASE,
 )
 MARK = "SAPNet "
@@ -121,16 +120,21 @@ class PacketFile:
         self.path.unlink(missing_ok=True)
 
 
-def kept_metadata(metadata):
-    """Those of a source's or stream's metadata that its result has too."""
-    return {name: text for name, text in metadata.items() if not NOT_COPIED.fullmatch(name)}
+def kept_metadata(metadata, all_of_it=True):
+    """Those of a source's or stream's metadata that its result has too: if not ``all_of_it``, the language alone."""
+    kept = {name: text for name, text in metadata.items() if not NOT_COPIED.fullmatch(name)}
+    if not all_of_it:
+        return {name: text for name, text in kept.items() if name.lower() == "language"}
+    if "name" in kept:  # MP4's name of a track, which the library reads under this key and writes from the other
+        kept.setdefault("title", kept["name"])
+    return kept
 
 
-def add_copy(container, stream):
+def add_copy(container, stream, all_metadata=True):
     """Add a stream to an output container that takes the packets of ``stream`` as they are."""
     copy = container.add_stream_from_template(stream, opaque=True)
     copy.time_base = stream.time_base
-    copy.metadata.update(kept_metadata(stream.metadata))
+    copy.metadata.update(kept_metadata(stream.metadata, all_metadata))
     copy.disposition = stream.disposition
     return copy
 
@@ -139,8 +143,14 @@ def takes(container_name, stream):
     """Whether a container takes a stream as it is."""
     container = av.open(BytesIO(), "w", format=container_name, metadata_errors="replace")
     try:
-        add_copy(container, stream)
+        copy = add_copy(container, stream)
         container.start_encoding()
+        if stream.type == "audio" and stream.codec_context.name.startswith("pcm_"):
+            # MP4 takes no samples of several channels without places, as from AVI, which it says only at its end.
+            silence = av.Packet(bytes(48 * stream.codec_context.layout.nb_channels))
+            silence.stream, silence.pts, silence.dts, silence.time_base = copy, 0, 0, stream.time_base
+            container.mux(silence)
+        container.close()
         return True
     except (av.FFmpegError, ValueError, LookupError):
         return False
@@ -174,11 +184,12 @@ class StreamCopy:
         stream: of the source.
         zero: the time in seconds that is 0 in the output.
         begin, end: the seconds of the source between which packets are taken.
+        all_metadata: as for ``kept_metadata``.
     """
 
-    def __init__(self, container, stream, zero, begin, end):
-        self.target = add_copy(container, stream)
-        self.cover = bool(stream.disposition & Disposition.attached_pic)
+    def __init__(self, container, stream, zero, begin, end, all_metadata=True):
+        self.target = add_copy(container, stream, all_metadata)
+        self.cover = is_cover(stream)
         self.clock, self.shift = Clock(stream.time_base), round(zero / stream.time_base)
         self.begin, self.end, self.refused = begin / stream.time_base, end / stream.time_base, 0
 
@@ -218,6 +229,7 @@ class VideoWriter:
         self.source, self.form, self.options, self.output, self.task = source, form, options, output, task
         self.container_name, self.taken = taken
         self.choice, self.converter = CODECS[options.codec], Converter(form)
+        self.metadata = kept_metadata(source.metadata, options.metadata)
         self.first, self.last = options.frames or (1, None)
         self.times = []  # (time, duration) of each frame
         self.numbers = {}  # {time: number} of the frames that are in the encoder
@@ -228,7 +240,7 @@ class VideoWriter:
         except (av.FFmpegError, ValueError) as error:
             raise InputError(
                 f"--test_data_path {source.path}: --codec {options.codec} takes no frames of {form.width}x{form.height}"
-                f" in {form.target} ({reason_of(error)})"
+                f" in {form.target}, {float(source.rate):.6g} a second ({reason_of(error)}); expected another --codec"
             ) from None
         self.packets = PacketFile(packets_path(output), task)
         try:
@@ -337,7 +349,7 @@ class VideoWriter:
         """Name the metadata that the container has no place for, such as where an MP4 file was recorded."""
         with av.open(f"file:{path}", metadata_errors="replace") as container:
             written = {name.lower() for name in container.metadata}
-        lost = [name for name in kept_metadata(self.source.metadata) if name.lower() not in written]
+        lost = [name for name in self.metadata if name.lower() not in written]
         if lost:
             print(f"{printable(self.output)}: has no place for the source's {printable(', '.join(lost))}")
 
@@ -371,8 +383,8 @@ class VideoWriter:
             copies = {}
             for other in source.others if source else []:
                 if other.index in self.taken:
-                    copies[other.index] = StreamCopy(container, other, zero, begin, end)
-            container.metadata.update(kept_metadata(self.source.metadata))
+                    copies[other.index] = StreamCopy(container, other, zero, begin, end, self.options.metadata)
+            container.metadata.update(self.metadata)
             container.metadata.update(self.mark(complete))
             container.set_chapters(kept_chapters(self.source.chapters(), zero, end - zero))
             self.mux(container, stream, source, copies)
@@ -401,7 +413,7 @@ class VideoWriter:
         if self.form.turn:
             stream.set_display_matrix(self.form.turn)
         if isinstance(self.source, VideoFile):
-            stream.metadata.update(kept_metadata(self.source.stream.metadata))
+            stream.metadata.update(kept_metadata(self.source.stream.metadata, self.options.metadata))
             stream.disposition = self.source.stream.disposition
         return stream
 
@@ -478,7 +490,7 @@ def kept_chapters(chapters, zero, length):
         unit = chapter["time_base"]
         if unit:
             start, end = max(0, chapter["start"] * unit - zero), min(length, chapter["end"] * unit - zero)
-            if start < end:
+            if start < end or start == end and chapter["start"] == chapter["end"]:  # some mark a moment
                 kept.append({**chapter, "start": round(start / unit), "end": round(end / unit)})
     return kept
 

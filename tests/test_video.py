@@ -2,6 +2,7 @@
 import csv
 import errno
 import http.server
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import Interpolation
+from PIL import Image, ImageCms
 
 from conftest import ROOT, THOROUGH, contents, photo, run_subprocess, save
 from rain import add_rain, streak_layer
@@ -1033,7 +1035,7 @@ def test_a_finished_video_is_not_replaced_by_the_first_frames(
     """The same command once more by mistake, and Ctrl-C; or a network that fails."""
     source, frames = make_clip(tmp_path / "in/clip.mp4"), itertools.count()
     output, _ = kept(source)
-    (output.parent / "clip.csv").write_text(",".join(video.COLUMNS))
+    (output.parent / "clip.csv").write_text(",".join(video.COLUMNS) + "\n")
     before = contents(output.parent)
 
     def derain(runner, frame, device):
@@ -1572,3 +1574,227 @@ def test_a_browser_plays_the_result(kept, play, tmp_path, codec, size, kind):
     assert said["size"] == [size[1], size[0]] and said["frames"] >= 25, said
     assert said["duration"] == said["time"] == pytest.approx(1, abs=0.05)
     assert said["pixel"][3] == 255 and all(abs(value - 128) <= 1 for value in said["pixel"][:3]), said
+
+
+# What the output cannot keep is told
+
+
+def notes(kept, source, capsys, **options):
+    """(output, its result, what was printed)."""
+    output, result = kept(source, **options)
+    return output, result, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix, turn", [("avi", None), ("mov", 90), ("mov", -90), ("mov", 180)])
+def test_frames_with_exif_are_derained_and_turned(kept, tmp_path, suffix, turn):
+    """FFmpeg hands on the EXIF of Motion JPEG, which PyAV does not know; Pi cameras write such."""
+    exif = Image.Exif()
+    exif[0x0110] = "camera"
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuvj420p", Fraction(1, 25)
+        if turn:
+            cosine, sine = round(2**16 * np.cos(np.radians(turn))), round(2**16 * np.sin(np.radians(turn)))
+            stream.set_display_matrix((cosine, -sine, 0, sine, cosine, 0, 0, 0, 2**30))
+        for number, frame in enumerate(pictures(4)):
+            data = io.BytesIO()
+            Image.fromarray(frame).save(data, "JPEG", exif=exif)
+            packet = av.Packet(data.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            packet.is_keyframe = True
+            container.mux(packet)
+    output, _ = kept(path)
+    with av.open(str(path)) as before, av.open(str(output)) as after:
+        first, second = next(before.decode(video=0)), next(after.decode(video=0))
+        assert first.rotation % 360 == second.rotation % 360 == (turn or 0) % 360
+        with pytest.raises(ValueError):  # else this tests nothing
+            print(first.side_data)
+    assert len(frames_of(output)) == 4
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_s24le", "pcm_f32le"])
+@pytest.mark.parametrize("suffix", ["avi", "mkv"])
+def test_samples_of_two_channels_without_places_go_into_matroska(kept, tmp_path, codec, suffix):
+    """MP4 would refuse them when all frames are done."""
+    def add_sound(container, stream):
+        sound = container.add_stream(codec, rate=8000, layout="stereo")
+
+        def write():
+            kind = sound.codec_context.format.name
+            values = np.zeros((1, 8000), np.float32 if kind == "flt" else np.int32 if kind == "s32" else np.int16)
+            frame = av.AudioFrame.from_ndarray(values, kind, "stereo")
+            frame.sample_rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode(None))
+
+        return write
+
+    source = make_clip(tmp_path / f"clip.{suffix}", setup=add_sound)
+    output, _ = kept(source)
+    assert codec != "pcm_s16le" or output.suffix == ".mkv"
+    assert b"".join(data for _, data in packets_of(output, 1)) == b"".join(data for _, data in packets_of(source, 1))
+
+
+def test_metadata_are_left_out_where_that_is_wanted(kept, tmp_path):
+    def add_place(container, stream):
+        container.metadata.update({"location": "+48.8577+002.2950/", "title": "home", "creation_time": "2026-01-01"})
+        stream.metadata["language"] = "fra"
+        _, write = tone(container)
+        return lambda: write(0.4)
+
+    source = make_clip(tmp_path / "in/clip.mp4", setup=add_place)
+    texts = {}
+    for wanted in (True, False):
+        output, _ = kept(source, metadata=wanted)
+        with av.open(str(output)) as container:
+            texts[wanted] = {**container.metadata, **container.streams.video[0].metadata}
+        assert packets_of(output, 1) == packets_of(source, 1)
+    assert texts[True]["location"].startswith("+48.8577") and texts[True]["title"] == "home"
+    assert not {"location", "title", "creation_time"} & texts[False].keys() and texts[False]["language"] == "fra"
+
+
+def with_captions(path, source):
+    """Copy an H.264 video and put captions of CEA-608 before each frame (ATSC A/53, part 4)."""
+    pairs = b"\xb5\x00\x31GA94\x03\x41\xff\xfc\xc8\xc5\xff"
+    captions = bytes([6, 4, len(pairs)]) + pairs + b"\x80"
+    with av.open(str(source)) as before, av.open(str(path), "w") as after:
+        stream = before.streams.video[0]
+        target = after.add_stream_from_template(stream)
+        for packet in before.demux(stream):
+            if packet.size:
+                copy = av.Packet(len(captions).to_bytes(4, "big") + captions + bytes(packet))
+                copy.pts, copy.dts, copy.time_base, copy.is_keyframe, copy.stream = (
+                    packet.pts, packet.dts, packet.time_base, packet.is_keyframe, target
+                )
+                after.mux(copy)
+    return path
+
+
+def test_captions_within_the_pictures_are_named(kept, tmp_path, capsys):
+    source = make_clip(tmp_path / "clip.mp4")
+    _, result, out = notes(kept, with_captions(tmp_path / "captions.mp4", source), capsys)
+    assert "captions.mp4: the closed captions within the pictures are left out\n" in out
+    assert "captions" not in notes(kept, source, capsys)[2]
+
+
+def test_transparency_that_the_decoder_leaves_out_is_named(kept, tmp_path, capsys):
+    """FFmpeg's decoder of VP9, unlike that of libvpx."""
+    source = make_clip(tmp_path / "clip.webm", pictures(3), "libvpx-vp9", "yuva420p", base=MS)
+    output, _, out = notes(kept, source, capsys, codec="ffv1")
+    assert "the transparency of the frames is left out" in out
+    with av.open(str(output)) as container:
+        assert "alpha_mode" not in {name.lower() for name in container.streams.video[0].metadata}
+
+
+@pytest.mark.parametrize("suffix, codec", [("flv", "flv1"), ("mxf", "mpeg2video")])
+def test_a_cut_file_that_declares_its_length_is_told(derain_clip, tmp_path, suffix, codec):
+    source = make_clip(tmp_path / f"clip.{suffix}", moving(60), codec, base=Fraction(1, 30))
+    derain_clip(source)
+    source.write_bytes(source.read_bytes()[: int(0.6 * source.stat().st_size)])
+    _, result = derain_clip(source, status=1)
+    assert "the file ends early" in result.err
+
+
+def test_a_second_video_is_named_as_it_keeps_its_rain(kept, tmp_path, capsys):
+    def add_second(container, stream):
+        other = container.add_stream("libx264", rate=30)
+        other.width, other.height, other.pix_fmt = 64, 48, "yuv420p"
+
+        def write():
+            for frame in pictures(3):
+                container.mux(other.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+            container.mux(other.encode(None))
+
+        return write
+
+    output, _, out = notes(kept, make_clip(tmp_path / "clip.mkv", base=MS, setup=add_second), capsys)
+    assert "#1 (video, h264) is another video, copied with its rain" in out and len(describe(output)) == 2
+
+
+def test_titles_of_tracks_are_kept(kept, tmp_path):
+    """FFmpeg reads MP4's names of tracks under another key than it writes them from."""
+    def name_them(container, stream):
+        sound, write = tone(container)
+        stream.metadata["title"], sound.metadata["title"] = "Camera 1", "Director's commentary"
+        return lambda: write(0.4)
+
+    output, _ = kept(make_clip(tmp_path / "clip.mp4", setup=name_them))
+    with av.open(str(output)) as container:
+        texts = [list(stream.metadata.values()) for stream in container.streams]
+    assert "Camera 1" in texts[0] and "Director's commentary" in texts[1]
+
+
+def test_a_profile_and_transparency_of_numbered_pictures_are_named(kept, tmp_path, capsys):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for number, frame in enumerate(pictures(3), 1):
+        image = Image.fromarray(np.dstack((frame, frame[..., :1])))
+        image.save(tmp_path / f"f{number}.png", icc_profile=profile)
+    _, _, out = notes(kept, tmp_path / "f%d.png", capsys)
+    assert "the transparency of the frames is left out" in out and "the pictures' colour profile is left out" in out
+
+
+def test_frames_with_other_colours_than_the_first_are_told(derain_clip, tmp_path):
+    """Two bare streams of H.264, one after the other: the first in BT.601, the second in BT.709."""
+    parts = []
+    for number, matrix in enumerate((6, 1)):
+        part = make_clip(tmp_path / f"{number}.h264", moving(6), colorspace=matrix, options={"bf": "0"})
+        parts.append(part.read_bytes())
+    source = tmp_path / "in/both.h264"
+    source.parent.mkdir()
+    source.write_bytes(b"".join(parts))
+    _, result = derain_clip(source, status=1)
+    assert "6 frames coded with other colours than the first, which they are taken to have too" in result.err
+    assert "the first of them number 7" in result.err
+
+
+def test_a_reader_that_goes_away_is_not_blamed_on_the_video(checkpoint, tmp_path):
+    source, folder = make_clip(tmp_path / "clip.mp4", moving(100)), tmp_path / "results"
+    process = run_subprocess(
+        "test.py", "--save_path", checkpoint, "--test_data_path", source, "--output_path", folder, "--device", "cpu",
+    )
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(60) == 1 and error.endswith("test.py: error: stopped, as what it printed is no longer read\n")
+    assert not list(folder.glob("*.packets"))
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(InputError, match="pipe.mp4: a pipe; expected a file, as it is read more than once"):
+        video_input.open_source(tmp_path / "pipe.mp4")
+
+
+def test_a_source_that_is_gone_leaves_what_is_done(kept, tmp_path, capsys):
+    source = make_clip(tmp_path / "clip.mp4", setup=add_company)
+    away = source.with_name("away.mp4")
+
+    def derain(frame):
+        if source.exists():
+            source.rename(away)
+        return frame
+
+    with pytest.raises(InputError, match="clip.mp4: "):
+        kept(source, derain)
+    assert "clip.mp4: 12 frames kept, from which --overwrite False goes on\n" in capsys.readouterr().out
+    away.rename(source)
+    output, result = kept(source, overwrite=False)
+    assert not result.rows and len(frames_of(output)) == 12
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(kept, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/clip.mp4").symlink_to("nowhere")
+    with pytest.raises(InputError, match="clip.mp4 would be overwritten"):
+        kept(make_clip(tmp_path / "clip.mp4"))
+    assert (tmp_path / "results/clip.mp4").is_symlink()
+
+
+def test_chapters_that_mark_a_moment_are_kept(kept, tmp_path):
+    marks = [{"id": k, "start": start, "end": start, "time_base": MS, "metadata": {"title": f"mark {k}"}}
+             for k, start in enumerate((0, 100, 200), 1)]
+    source = make_clip(tmp_path / "clip.mkv", base=MS, setup=lambda container, _: container.set_chapters(marks))
+    output, _ = kept(source, codec="ffv1")
+    with av.open(str(source)) as before, av.open(str(output)) as after:
+        assert [chapter["start"] for chapter in before.chapters()] == [chapter["start"] for chapter in after.chapters()]
+        assert len(after.chapters()) == 3
