@@ -6,6 +6,7 @@
 prints the number of frames.
 """
 import heapq
+import math
 import os
 import re
 from fractions import Fraction
@@ -49,28 +50,55 @@ class Clock:
     """Time stamps that go forward, whatever those of a file do.
 
     A stamp that is up to a second too early is put just behind the one before. One that jumps back by more, or
-    forward by more than a day, is taken as a clock that was set anew, and the time goes on from there.
+    forward by more than a day, is taken as a clock that was set anew, as where recordings were put one after the other:
+    the time goes on from there, in all streams of a file by the same offset, or sound and picture would drift apart.
+
+    Args:
+        time_base: unit of the stamps and times, in seconds.
+        zero: the stamp, in seconds, whose time is 0.
+        resets: those of the stream that goes first; they are followed where they fit.
+
+    Attributes:
+        resets: (stamp, offset), in seconds, of each time that the clock was set anew.
     """
 
-    def __init__(self, time_base):
-        self.second = 1 / time_base
+    def __init__(self, time_base, zero=0, resets=()):
+        self.time_base, self.second = time_base, 1 / time_base
         self.limit = min(86400 * self.second, 2**31 - 1)  # longer than that, MP4 cannot show a frame
-        self.last, self.offset = None, 0
+        self.last, self.offset = None, -round(zero / time_base)
+        self.resets, self.to_follow = [], list(resets)
 
-    def place(self, stamp, step):
-        """The time for ``stamp``, which may be None; ``step`` is how much later than the last one it should be."""
+    def place(self, stamp, step, not_before=-math.inf):
+        """The time for a stamp.
+
+        Args:
+            stamp: None if it is missing.
+            step: how much later than the last one it should be.
+            not_before: the earliest time, in seconds, if the clock was set anew here.
+        """
         if self.last is None:
-            stamp = stamp or 0
-            self.offset = -stamp if abs(stamp) > self.limit else 0
+            stamp = -self.offset if stamp is None else stamp
+            if abs(stamp + self.offset) > self.limit:
+                self.offset = -stamp
             self.last = stamp + self.offset
             return self.last
         time = self.last + step if stamp is None else stamp + self.offset
         gap = time - self.last
         if gap < -self.second or gap > self.limit:
-            self.offset += self.last + step - time
-            time = self.last + step
+            self.set_anew(stamp, max(self.last + step, not_before * self.second))
+            time = stamp + self.offset
         self.last = max(time, self.last + 1)
         return self.last
+
+    def set_anew(self, stamp, time):
+        """Let ``stamp`` be at about ``time``: exactly, or by the next offset to follow from a stamp near this one."""
+        self.offset = math.ceil(time - stamp)
+        seconds = stamp * self.time_base
+        for number, (near, offset) in enumerate(self.to_follow):
+            if abs(near - seconds) < 2:
+                self.offset, self.to_follow = round(offset * self.second), self.to_follow[number + 1 :]
+                break
+        self.resets.append((seconds, self.offset * self.time_base))
 
 
 def is_cover(stream):
@@ -95,6 +123,7 @@ class VideoFile:
         colours: what the container says of them, by the names in ``UNSPECIFIED``.
         transparent: whether the file says that its pictures have alpha.
         losses: sentences on what is not read of the source.
+        resets: of the clock of ``stream`` (``Clock``), up to the last of its ``shots``.
         zero: seconds that are subtracted from all times: the time at which the file begins where its clock may have
             any time then, as in MPEG-TS, and else 0.
         faults: sentences on what was not as it should be, once all frames have been read.
@@ -140,7 +169,7 @@ class VideoFile:
             if other != stream and other.time_base and other.discard != Discard.all
             and not (other.type == "data" and "timecode" in other.metadata)
         ]
-        self.transparent, self.losses = stream.metadata.get("alpha_mode") == "1", []
+        self.transparent, self.losses, self.resets = stream.metadata.get("alpha_mode") == "1", [], []
         self.time_base = stream.time_base
         has_times = not container.format.flags & FormatFlags.no_timestamps.value
         rate = stream.average_rate if has_times else stream.codec_context.framerate
@@ -189,14 +218,18 @@ class VideoFile:
         Without an error it is none: some formats have packets that are not to be shown. ``self.faults`` is complete
         at the end.
         """
-        clock, shift = Clock(self.time_base), round(self.zero / self.time_base)
-        step = max(1, round(1 / self.rate / self.time_base))
+        clock, step = Clock(self.time_base, self.zero), max(1, round(1 / self.rate / self.time_base))
+        self.resets = clock.resets
         waiting, failed, seen, damaged, reached = [], False, 0, 0, 0
+        end = -math.inf  # of the streams that are seen or heard, as it was since the clock was set anew
         for packet in chain(self.packets(*self.container.streams), [None]):
             if packet is not None:
                 stamp = packet.dts if packet.pts is None else packet.pts
                 if stamp is not None:
-                    reached = max(reached, (stamp + (packet.duration or 0)) * packet.time_base)
+                    ends = (stamp + (packet.duration or 0)) * packet.time_base
+                    reached = max(reached, ends)
+                    if packet.stream.type in ("audio", "video"):
+                        end = max(end, ends)
                 if packet.stream != self.stream:
                     continue
                 seen += 1
@@ -211,12 +244,16 @@ class VideoFile:
                 while waiting and stamp is not None and waiting[0] <= stamp:
                     lost = heapq.heappop(waiting)
                     if failed and lost < stamp:
-                        yield Shot(clock.place(lost - shift, step), 0, None)
+                        yield Shot(clock.place(lost, step), 0, None)
                 failed = False
                 damaged += picture.is_corrupt
-                yield Shot(clock.place(None if stamp is None else stamp - shift, step), picture.duration or 0, picture)
+                number = len(clock.resets)
+                time = clock.place(stamp, step, end + clock.offset * self.time_base)
+                if len(clock.resets) > number:
+                    end = -math.inf
+                yield Shot(time, picture.duration or 0, picture)
         for lost in sorted(waiting) if failed else []:
-            yield Shot(clock.place(lost - shift, step), 0, None)
+            yield Shot(clock.place(lost, step), 0, None)
         self.faults = self.describe_faults(seen, damaged, reached)
 
     def describe_faults(self, seen, damaged, reached):

@@ -184,13 +184,13 @@ class StreamCopy:
         stream: of the source.
         zero: the time in seconds that is 0 in the output.
         begin, end: the seconds of the source between which packets are taken.
-        all_metadata: as for ``kept_metadata``.
+        writer: the ``VideoWriter``.
     """
 
-    def __init__(self, container, stream, zero, begin, end, all_metadata=True):
-        self.target = add_copy(container, stream, all_metadata)
+    def __init__(self, container, stream, zero, begin, end, writer):
+        self.target = add_copy(container, stream, writer.options.metadata)
         self.cover = is_cover(stream)
-        self.clock, self.shift = Clock(stream.time_base), round(zero / stream.time_base)
+        self.clock = Clock(stream.time_base, zero, writer.source.resets)
         self.begin, self.end, self.refused = begin / stream.time_base, end / stream.time_base, 0
 
     def fit(self, packet):
@@ -204,7 +204,7 @@ class StreamCopy:
             dts = stamp if packet.dts is None else packet.dts
             if packet.duration and packet.duration > self.clock.limit:  # a subtitle's without a known end
                 packet.duration = 0
-            packet.dts = self.clock.place(dts - self.shift, packet.duration or 1)
+            packet.dts = self.clock.place(dts, packet.duration or 1)
             packet.pts = packet.dts + stamp - dts
         packet.stream = self.target
         return True
@@ -383,7 +383,7 @@ class VideoWriter:
             copies = {}
             for other in source.others if source else []:
                 if other.index in self.taken:
-                    copies[other.index] = StreamCopy(container, other, zero, begin, end, self.options.metadata)
+                    copies[other.index] = StreamCopy(container, other, zero, begin, end, self)
             container.metadata.update(self.metadata)
             container.metadata.update(self.mark(complete))
             container.set_chapters(kept_chapters(self.source.chapters(), zero, end - zero))

@@ -1798,3 +1798,21 @@ def test_chapters_that_mark_a_moment_are_kept(kept, tmp_path):
     with av.open(str(source)) as before, av.open(str(output)) as after:
         assert [chapter["start"] for chapter in before.chapters()] == [chapter["start"] for chapter in after.chapters()]
         assert len(after.chapters()) == 3
+
+
+@pytest.mark.parametrize("sound_is_longer", [0.3, -0.3])
+def test_recordings_one_after_the_other_keep_sound_and_picture_together(kept, tmp_path, sound_is_longer):
+    """As by cat a.ts b.ts: each begins anew with its own clock, and its sound is longer or shorter than its picture."""
+    def add_sound(container, stream):
+        _, write = tone(container, "mp2")
+        return lambda: write(1.6 + sound_is_longer)
+
+    parts = [make_clip(tmp_path / f"{number}.ts", moving(48), setup=add_sound).read_bytes() for number in range(4)]
+    source = tmp_path / "clip.ts"
+    source.write_bytes(b"".join(parts))
+    output, _ = kept(source)
+    sounds, times = [time for time, _ in packets_of(output, 1)], times_of(output)
+    assert len(times) == 4 * 48
+    apart = [sounds[number * len(sounds) // 4] - times[number * 48] for number in range(4)]
+    assert max(apart) - min(apart) < 0.05
+    assert times[48] - times[0] == pytest.approx(max(1.6, 1.6 + sound_is_longer), abs=0.1)
