@@ -360,15 +360,7 @@ def derain_video(path, folder, derain, options, name=None):
             try:
                 writer = VideoWriter(source, form, options, output, (container_name, taken), task)
                 sentences = describe_form(form, options.codec, picture, source)
-                sentences += [
-                    f"{describe_stream(stream)} is another video, copied with its rain"
-                    for stream in source.others
-                    if stream.index in taken and stream.type == "video" and not is_cover(stream)
-                ]
-                sentences += [
-                    f"{describe_stream(stream)} is left out, as {SUFFIXES[container_name]} files take no such stream"
-                    for stream in source.others if stream.index not in taken
-                ]
+                sentences += describe_others(source.others, taken, output.suffix)
                 for sentence in sentences:
                     print(f"{printable(path)}: {sentence}")
                 result = run(writer, chain(leading, shots), Deraining(writer, derain, options.at_once), signals)
@@ -377,6 +369,17 @@ def derain_video(path, folder, derain, options, name=None):
                 raise RunError(f"{output}: could not be written ({error.strerror or error})") from None
             except KeyboardInterrupt:  # before the first frame
                 return VideoResult(output, [], 0, [], signals.number, kept=is_more(output, 0))
+
+
+def describe_others(streams, taken, suffix):
+    """Sentences on other streams of a source: those that are not ``taken`` into the output, and further videos."""
+    sentences = []
+    for stream in streams:
+        if stream.index not in taken:
+            sentences.append(f"{describe_stream(stream)} is left out, as {suffix} files take no such stream")
+        elif stream.type == "video" and not is_cover(stream):
+            sentences.append(f"{describe_stream(stream)} is another video, copied with its rain")
+    return sentences
 
 
 def is_more(path, frames):
@@ -404,8 +407,8 @@ def run(writer, shots, deraining, signals):
             writer.put_down()
     except (OSError, InputError, RunError):  # an InputError where the source is gone, whose sounds are to be copied
         if done := writer.put_down():
-            kept = f"{counted(done, 'frame')} kept, from which --overwrite False goes on"
-            print(f"{printable(output)}: {kept}", flush=True)
+            what = f"{counted(done, 'frame')} kept, from which --overwrite False goes on"
+            print(f"{printable(output)}: {what}", flush=True)
         raise
     if failure and not isinstance(failure, KeyboardInterrupt):
         raise failure
