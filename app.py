@@ -22,14 +22,12 @@ import traceback
 from pathlib import Path
 
 from checkpoints import add_network_options
-from desk import KEPT, Cancelled, Choice, Desk
-from devices import HALF_PRECISIONS
+from desk import JOB, KEPT, PRECISIONS, Cancelled, Desk
 from pictures import faults_of
 from utils import STOP_SIGNALS, InputError, RunError, at_least, counted, natural_key, printable, run_script
 
 SAMPLE = Path(__file__).resolve().parent / "datasets/test/RainSample"
 PACKAGES = "pip install -r requirements-app.txt"
-PRECISIONS = ("fp32", *HALF_PRECISIONS, "auto")
 LARGEST_QUEUE = 20  # jobs that wait; further ones are told to come back
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # options of an event
 STYLE = """
@@ -80,6 +78,42 @@ def port_number(text):
     return int(text)
 
 
+# What a visitor sends
+
+
+def named_files(data):
+    """All that a request names as files: the values of "path", anywhere in its lists and dictionaries."""
+    if isinstance(data, dict):
+        if "path" in data:
+            yield data["path"]
+        data = list(data.values())
+    if isinstance(data, (list, tuple)):
+        for value in data:
+            yield from named_files(value)
+
+
+def is_upload(path, folder):
+    """Whether a file is one that was uploaded to the page, or the page's own copy of a picture of the sample.
+
+    Gradio puts each of these into a folder of its own, beside the folders of the jobs. A path that lies elsewhere is
+    judged by its text alone: not even how long the answer takes tells whether there is such a file.
+
+    That a visitor names no upload of another one relies on that folder's name: it is a hash of the file with a secret
+    seed, and the server lists no folder. So whoever can name a file has it already.
+
+    Args:
+        path: what a request gives as a path, which may be anything.
+        folder: of uploads and results; no link leads to it.
+    """
+    try:
+        absolute = os.path.abspath(path)
+        parts = Path(absolute).relative_to(folder).parts
+        # A file directly in the folder is an upload that is still under way.
+        return len(parts) > 1 and not parts[0].startswith(JOB) and os.path.realpath(absolute) == absolute
+    except (TypeError, ValueError):  # no text, elsewhere, or no possible path
+        return False
+
+
 # The page
 
 
@@ -119,10 +153,27 @@ class Page:
     def __init__(self, desk):
         self.desk, self.gr = desk, load_gradio()
 
+    def blocks(self, **options):
+        """An empty page, as ``gradio.Blocks``, which takes no files but uploads.
+
+        Before it calls a function of ours, Gradio copies each file that a request names to where browsers fetch results
+        from, and downloads it if it is an address. So what is named is looked at before that.
+        """
+        gr, folder = self.gr, self.desk.jobs.folder
+
+        class Blocks(gr.Blocks):
+            async def preprocess_data(self, function, inputs, *others, **options):
+                if not all(is_upload(path, folder) for path in named_files(inputs)):
+                    message = "expected a file that was uploaded to this page"
+                    raise gr.Error(message, duration=None, print_exception=False)
+                return await super().preprocess_data(function, inputs, *others, **options)
+
+        return Blocks(**options)
+
     def build(self):
         """The page, as ``gradio.Blocks``."""
         gr, args = self.gr, self.desk.args
-        with gr.Blocks(analytics_enabled=False, title="SAPNet", delete_cache=(3600, KEPT)) as page:
+        with self.blocks(analytics_enabled=False, title="SAPNet", delete_cache=(3600, KEPT)) as page:
             gr.Markdown(
                 "# SAPNet\nTakes the rain off pictures and videos. All of it is done on the machine that serves this"
                 f" page, one job at a time: up to {args.max_megapixels:g} megapixels, {args.max_upload} MiB a file and"
@@ -148,7 +199,7 @@ class Page:
                 self.desk.jobs.leave(request.session_hash)
 
             page.unload(leave)
-        page.queue(max_size=LARGEST_QUEUE)
+        page.queue(max_size=LARGEST_QUEUE, api_open=False)  # else a program could start jobs past the queue
         return page
 
     def picture_tab(self, name, labels, choices):
@@ -171,7 +222,7 @@ class Page:
 
         @self.answering
         def run(request: gr.Request, *inputs):
-            paths, choice = inputs[: len(files)], Choice(*inputs[len(files) :])
+            paths, choice = inputs[: len(files)], desk.choose(*inputs[len(files) :])
             if not all(paths):
                 raise InputError(f"expected {' and '.join(f'a {label.lower()}' for label in labels)}")
             before, after, report = desk.picture(request.session_hash, choice, *map(Path, paths))
@@ -200,7 +251,7 @@ class Page:
             def report(done, count):
                 progress((done, max(done, count) or None), desc="deraining", unit="frames")
 
-            choice = Choice(model, precision, self_ensemble)
+            choice = desk.choose(model, precision, self_ensemble)
             try:
                 output, sentences = desk.video(request.session_hash, choice, Path(clip), report)
             except Cancelled:  # which may end the job before the page has let go of it
@@ -234,7 +285,10 @@ class Page:
             samples=[[str(rainy)] for rainy, _ in pairs],
         )
 
+        @self.answering
         def take(index):
+            if not (isinstance(index, int) and 0 <= index < len(pairs)):
+                raise InputError("expected a picture of the bundled sample")
             paths = [str(path) for path in pairs[index]]
             return paths if len(files) == 2 else paths[0]
 
@@ -253,7 +307,7 @@ class Page:
                         raise
             except (InputError, RunError, OSError, Cancelled) as error:
                 message = sentence(error, self.desk.folders)
-            except Exception:
+            except (Exception, SystemExit):  # that of an option parser would end the server, for all visitors
                 traceback.print_exc()
                 message = "This is a fault of the program, whose console tells more."
             raise self.gr.Error(message, duration=None, print_exception=False)
@@ -293,15 +347,24 @@ def serve(page, desk, listener):
     """Serve the page until a signal comes."""
     from fastapi import FastAPI
     from gradio import mount_gradio_app, themes
+    from starlette.responses import Response
     from uvicorn import Config, Server
 
+    async def nothing(request):
+        return Response(status_code=404)
+
     system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing is loaded
+    app = FastAPI(docs_url=None, redoc_url=None)
+    for name in ("file=", "file/"):  # where Gradio would fetch from another machine what has an address for a name
+        app.add_route(f"/gradio_api/{name}http{{rest:path}}", nothing)
     app = mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None), page, "/", footer_links=[], run_history=False, ssr_mode=False,
-        pwa=False, mcp_server=False, enable_monitoring=False, max_file_size=desk.args.max_upload * 2**20,
-        allowed_paths=[str(SAMPLE)], theme=themes.Base(primary_hue="blue", **system), css=STYLE,
-        app_kwargs={"docs_url": None, "redoc_url": None},
+        app, page, "/", footer_links=[], run_history=False, ssr_mode=False, pwa=False, mcp_server=False,
+        enable_monitoring=False, max_file_size=desk.args.max_upload * 2**20, allowed_paths=[str(SAMPLE)],
+        theme=themes.Base(primary_hue="blue", **system), css=STYLE, app_kwargs={"docs_url": None, "redoc_url": None},
     )
+    # Only with this does Gradio check by itself too that files were uploaded, and that results lie where they may: it
+    # sets it for a page that it serves itself, not for one that is mounted.
+    page.has_launched = True
     # In a thread, as uvicorn would wait at its end for the pages that are open and for the job that is running.
     thread = threading.Thread(target=Server(Config(app, log_level="warning")).run, args=([listener],), daemon=True)
     thread.start()

@@ -113,6 +113,15 @@ def load_baseline(text):
     return network()
 
 
+def check_trainable(text):
+    """Refuse a --baseline whose training cannot be timed, before minutes of inference are."""
+    if not any(parameter.requires_grad for parameter in load_baseline(text).parameters()):
+        raise InputError(
+            f"--baseline {text}: a class without parameters to train; expected a network, or --steps 0, which leaves"
+            " training out"
+        )
+
+
 def final(output):
     """The derained images, also where a network returns them with the estimates of its stages in a tuple."""
     return output[0] if isinstance(output, tuple) else output
@@ -359,6 +368,8 @@ def main():
     args = parse_args()
     if args.json:
         check_file("--json", args.json, begins_with(JSON_START))
+    if args.baseline and args.steps and not args.engines:
+        check_trainable(args.baseline)
     device = pick_device("cpu" if args.engines else args.device)
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)

@@ -5,6 +5,7 @@
 prints the models that a visitor can choose from, as options of test.py. ``app.py`` is the page.
 """
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoints import BUNDLED, find_checkpoint, load_network
-from devices import PeakMemory, pick_device
+from devices import HALF_PRECISIONS, PeakMemory, pick_device
 from images import image_size, read_image, read_metadata, read_rgb
 from metrics import measure
 from outputs import METRICS, model_name
@@ -27,6 +28,8 @@ from video import derain_video, write_report
 from video_input import open_source
 
 AUTOMATIC = "automatic"  # the model that test.py takes by itself
+PRECISIONS = ("fp32", *HALF_PRECISIONS, "auto")
+JOB = "job-"  # begins the name of a job's folder
 KEPT = 24 * 3600  # seconds after which results go
 GRACE = 3600  # seconds after which the results of a page go that no longer answers
 
@@ -72,7 +75,10 @@ class Jobs:
         with self.lock:
             self.cancelled[key] = cancelled
         with self.turn:  # that of a cancelled job ends with the frame or the picture that it is at
-            work = Work(Path(tempfile.mkdtemp(prefix="job-", dir=self.folder)), cancelled)
+            # The server hands a result to whoever knows its path. So the name of its folder cannot be guessed, which
+            # mkdtemp alone does not promise.
+            folder = tempfile.mkdtemp(prefix=f"{JOB}{secrets.token_hex(16)}-", dir=self.folder)
+            work = Work(Path(folder), cancelled)
             try:
                 work.check()
                 yield work
@@ -159,6 +165,19 @@ class Desk:
                 own += [f"--{name}", str(getattr(args, name))]
         bundled.pop(self.default, None)  # the same weights
         self.models = {self.default: own, **bundled}
+
+    def choose(self, model, precision, self_ensemble):
+        """The ``Choice`` that a visitor has sent, which may be anything: a program can write to the page too.
+
+        Raises:
+            InputError: it is none that the page offers.
+        """
+        for label, value, offered in (("Model", model, [*self.models]), ("Precision", precision, PRECISIONS)):
+            if value not in offered:
+                raise InputError(f"{label}: expected one of {', '.join(offered)}")
+        if not isinstance(self_ensemble, bool):
+            raise InputError("Self-ensemble: expected true or false")
+        return Choice(model, precision, self_ensemble)
 
     def options(self, path, choice, folder, photographs=True):
         """The arguments of a test.py that does the same; ``photographs`` is whether there is no clean picture."""

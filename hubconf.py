@@ -210,7 +210,7 @@ class _Derain:
             ImportError: reading files takes Pillow and OpenCV; the message names the pip command.
             RuntimeError: no room on the disk, no folder for temporary files, or the output is not finite.
             TypeError: another kind of picture, or of numbers in it.
-            ValueError: another shape, or a file that is no readable picture.
+            ValueError: another shape, or a file that is no readable picture, also behind a PIL image.
         """
         if isinstance(picture, (str, os.PathLike)):
             return self._derain_file(pathlib.Path(picture), output)
@@ -246,9 +246,18 @@ class _Derain:
 
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise TypeError(f"a PIL image in mode {image.mode}: expected 8 bits; give more as an array or by its path")
-        turned = ImageOps.exif_transpose(image)
-        alpha = turned.has_transparency_data
-        result = Image.fromarray(self._derain_array(np.asarray(turned.convert("RGBA" if alpha else "RGB"))))
+        try:  # Image.open reads a file's header; its pixels are read here
+            turned = ImageOps.exif_transpose(image)
+            pixels = np.asarray(turned.convert("RGBA" if turned.has_transparency_data else "RGB"))
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file can fail at any point of the decoders
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            name = f" of {os.fsdecode(image.filename)}" if getattr(image, "filename", "") else ""
+            raise ValueError(
+                f"a PIL image{name} cannot be read ({reason}); expected one whose file is whole and has not been closed"
+            ) from None
+        result = Image.fromarray(self._derain_array(pixels))
         result.info = {name: turned.info[name] for name in ("dpi", "exif", "icc_profile") if name in turned.info}
         profile = result.info.get("icc_profile") or b""  # Pillow sets None where one in a JPEG file is incomplete
         if profile[16:20] != b"RGB ":  # that of CMYK or grey would be wrong for the result
@@ -324,6 +333,11 @@ def _check_output(output, suffixes):
 
 def _check_array(image):
     """Refuse what is no (H, W, 3) or (H, W, 4) array of 8 or 16 bits."""
+    if isinstance(image, np.ma.MaskedArray):
+        raise TypeError(
+            "a masked array: expected a plain one, as image.filled(0) makes of it, since no pixel can be left out: the"
+            " network averages over all of them"
+        )
     if image.dtype.kind == "f":
         raise TypeError(
             f"an array of {image.dtype}: expected uint8 or uint16, as np.rint(255 * image).astype(np.uint8) makes of"

@@ -1,9 +1,11 @@
 """app.py, also in a real browser: pictures and videos are done as by test.py, and nothing leaves the machine."""
+import asyncio
 import csv
 import errno
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -13,7 +15,9 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import av
 import cv2
@@ -23,7 +27,7 @@ import torch
 from PIL import ImageCms
 
 import utils
-from app import Page, parse_args, sentence
+from app import Page, is_upload, named_files, parse_args, sentence, serve
 from checkpoints import save_checkpoint
 from conftest import ROOT, contents, make_pairs, photo, save, with_rain
 from desk import AUTOMATIC, Cancelled, Choice, Desk, Jobs
@@ -51,6 +55,7 @@ BROWSER_OPTIONS = (
     "disable-sync", "no-first-run", "disable-quic", "disable-gpu", "window-size=1280,1000",
 )
 PATIENCE = 60  # seconds
+NOT_UPLOADED = "expected a file that was uploaded to this page"
 
 
 # Options
@@ -249,6 +254,80 @@ def test_a_job_without_memory_is_no_fault_of_the_program(desk, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
+def test_a_job_that_ends_the_program_is_a_fault_of_it(desk, capsys):
+    """As an option parser does. Gradio would end the server, for all visitors."""
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -r requirements-app.txt")
+    with pytest.raises(gradio.Error, match="a fault of the program"):
+        Page(desk()).answering(lambda: parse_args(["--port", "none"]))()
+    assert "SystemExit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "words"),
+    [
+        (0, "strong", "Model: expected one of .*, light, "), (0, None, "Model"), (0, ["light"], "Model"),
+        (0, {"path": "light"}, "Model"), (1, "fp8", "Precision: expected one of fp32, bf16, fp16, auto"),
+        (1, None, "Precision"), (2, "zzz", "Self-ensemble: expected true or false"), (2, None, "Self-ensemble"),
+        (2, 1, "Self-ensemble"),
+    ],
+)
+def test_a_choice_that_the_page_does_not_offer_is_one_sentence(desk, place, wrong, words):
+    page = desk()
+    choice = list(chosen(page))
+    assert page.choose(*choice) == chosen(page) and page.choose("light", "auto", True) == ("light", "auto", True)
+    choice[place] = wrong
+    with pytest.raises(utils.InputError, match=words):
+        page.choose(*choice)
+
+
+def test_uploads_are_told_from_all_other_files(tmp_path, monkeypatch):
+    folder = tmp_path / "served"
+    for name in ("a1b2/rain.png", "a1b2/deeper/rain.png", "job-1/rain.png", "half"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (tmp_path / "private.png").touch()
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "a1b2/linked.png").symlink_to(tmp_path / "private.png")
+    for path in ("a1b2/rain.png", "a1b2/gone.png", "a1b2/../a1b2/rain.png"):
+        assert is_upload(f"{folder}/{path}", str(folder))
+    for path in (".", "a1b2/..", "half", "job-1/rain.png", "a1b2/../job-1/rain.png", "a1b2/linked.png", "a1b2/\0.png",
+                 "linked/private.png", "../private.png", "a1b2/../../private.png", "../served2/a1b2/rain.png"):
+        assert not is_upload(f"{folder}/{path}", str(folder)), path
+    monkeypatch.setattr(os.path, "realpath", lambda path: pytest.fail(f"looked at {path}"))
+    for path in (tmp_path / "private.png", "/etc/passwd", "private.png", "", "https://example.com/a.png", None, 3, [],
+                 f"https://example.com{folder}/a1b2/rain.png", f"file://{folder}/a1b2/rain.png"):
+        assert not is_upload(path, str(folder)), path
+
+
+def test_the_files_that_a_request_names_are_found_wherever_they_are():
+    data = [{"path": "a", "meta": {"path": ["b", {"path": "c"}]}}, "d", None, 3, [[{"value": {"path": None}}]]]
+    assert list(named_files(data)) == ["a", ["b", {"path": "c"}], "c", None]
+
+
+@pytest.mark.slow
+def test_gradio_itself_refuses_what_was_not_uploaded_too(desk, tmp_path, monkeypatch):
+    """Should a later Gradio no longer ask ours first."""
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -r requirements-app.txt")
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_: None)
+    served = desk()
+    page = Page(served).build()
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(utils.RunError, match="has ended"):
+        serve(page, served, listener)
+    event = next(each for each in page.fns.values() if each.inputs and each.inputs[0].elem_id == "picture_0")
+    request = [named(str(save(tmp_path / "private.png", photo(1)))), *chosen(served)]
+
+    async def prepare(blocks):
+        gradio.context.LocalContext.blocks.set(page)
+        await blocks.preprocess_data(page, event, request, None)
+
+    for blocks, error, words in (
+        (type(page), gradio.Error, NOT_UPLOADED), (gradio.Blocks, gradio.exceptions.InvalidPathError, "not uploaded"),
+    ):
+        with pytest.raises(error, match=words):
+            asyncio.run(prepare(blocks))
+
+
 # Jobs
 
 
@@ -311,7 +390,7 @@ def test_a_page_that_is_lost_as_its_job_ends_leaves_nothing(tmp_path):
     assert end < time.monotonic() + 3601, "it is kept as if the page were there"
 
 
-# The browser
+# The server
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +417,143 @@ def server(tmp_path_factory):
         child.communicate(timeout=PATIENCE)
     assert (folder / "console").read_text() == ""  # no fault of ours, which leaves its traceback there
     assert contents(folder / "files") == {}, "the server leaves files behind"
+
+
+class Program:
+    """A visitor without a browser, who can send whatever comes to mind."""
+
+    def __init__(self, url):
+        self.url = url
+        config = json.loads(self.get("/config"))
+        components = {component["id"]: component for component in config["components"]}
+        self.events = [  # (id of an event, number of its inputs, element that is pressed)
+            (event["id"], len(event["inputs"]), components[element]) for event in config["dependencies"]
+            for element, _ in event["targets"] if element in components
+        ]
+        model = [each["props"]["value"] for each in components.values() if each["props"].get("label") == "Model"]
+        self.choice = [*model, "fp32", False]
+
+    def get(self, path, body=None, kind="application/json"):
+        """The bytes of an answer; with a ``body`` that is sent."""
+        return urlopen(Request(self.url + path, body, {"Content-Type": kind}), timeout=PATIENCE).read()
+
+    def upload(self, path):
+        """Upload a file, and return what a request names it by."""
+        mark, head = secrets.token_hex(), f'Content-Disposition: form-data; name="files"; filename="{path.name}"'
+        body = f"--{mark}\r\n{head}\r\n\r\n".encode() + path.read_bytes() + f"\r\n--{mark}--\r\n".encode()
+        return named(json.loads(self.get("/gradio_api/upload", body, f"multipart/form-data; boundary={mark}"))[0])
+
+    def event(self, element, data):
+        """The number of the event that pressing an element starts with these inputs."""
+        return next(number for number, count, each in self.events
+                    if element in (each["props"].get("elem_id"), each["type"]) and count == len(data))
+
+    def send(self, element, *data):
+        """Press a button, by its id, or the "dataset", which is the sample's pictures.
+
+        Returns:
+            (whether it went well, what comes back).
+        """
+        visitor = secrets.token_hex(5)
+        message = {"data": data, "fn_index": self.event(element, data), "session_hash": visitor}
+        self.get("/gradio_api/queue/join", json.dumps(message).encode())
+        for line in self.get(f"/gradio_api/queue/data?session_hash={visitor}").splitlines():
+            message = json.loads(line.removeprefix(b"data:") or "{}")
+            if message.get("msg") == "process_completed":
+                return message["success"], message["output"]
+
+    def derain(self, picture):
+        """The path and the bytes of the result of a picture."""
+        done, output = self.send("picture_derain", picture, *self.choice)
+        assert done, output
+        result = output["data"][2]["value"]
+        return Path(result["path"]), self.get(f"/gradio_api/file={result['path']}")
+
+
+def named(path):
+    """A file as requests name one."""
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.fixture
+def program(server):
+    return Program(server.url)
+
+
+@pytest.mark.slow
+def test_a_file_that_was_not_uploaded_is_refused_whether_it_is_there_or_not(program, server, run, tmp_path):
+    """Whatever place of a request names it. An uploaded one is taken, and the page's copy of a sample."""
+    mine = save(tmp_path / "mine.png", with_rain(photo(1), 1))
+    upload, private = program.upload(mine), str(save(tmp_path / "private.png", photo(2)))
+    result, derained_bytes = program.derain(upload)
+    assert derained_bytes == derained(run, server, mine, tmp_path / "expected")["mine.png"]
+    folder = Path(upload["path"]).parents[1]
+    (folder / "linked").symlink_to(tmp_path)
+    before = contents(server.files)
+    wrong = [
+        private, str(tmp_path / "missing.png"), "/etc/passwd", os.path.relpath(private, ROOT), str(result),
+        f"{folder}/linked/private.png", f"{folder}/x/../../../../private.png", "https://example.com/a.png", 3,
+    ]
+    requests = [("picture_derain", named(path), *program.choice) for path in wrong]
+    for path in (private, str(tmp_path / "missing.png")):
+        requests += [
+            ("picture_derain", {**named(path), "is_stream": True}, *program.choice),
+            ("picture_derain", upload, named(path), *program.choice[1:]),
+            ("pair_derain", upload, named(path), *program.choice),
+            ("video_derain", named(path), *program.choice),
+            ("dataset", [named(path)]),
+        ]
+    for element, *data in requests:
+        done, output = program.send(element, *data)
+        assert not done and output["error"] == NOT_UPLOADED, (data, output)
+    assert contents(server.files) == before and "example.com" not in server.log.read_text()
+    (folder / "linked").unlink()
+
+
+@pytest.mark.slow
+def test_a_picture_of_the_sample_is_taken(program):
+    done, output = program.send("dataset", 2)
+    assert done, output
+    result, _ = program.derain(named(output["data"][0]["path"]))
+    assert result.name == "rain-003.png"
+    for wrong in (-1, 99, "zzz", None, 0.5):
+        done, output = program.send("dataset", wrong)
+        assert not done and output["error"] == "expected a picture of the bundled sample"
+
+
+@pytest.mark.slow
+def test_one_wrong_request_ends_no_page(program, tmp_path):
+    upload = program.upload(save(tmp_path / "a.png", photo(1)))
+    model, precision, _ = program.choice
+    for choice, label in (
+        ([model, precision, "zzz"], "Self-ensemble"), ([model, precision, None], "Self-ensemble"),
+        ([model, None, False], "Precision"), ([None, precision, False], "Model"),
+    ):
+        for element in ("picture_derain", "video_derain"):
+            done, output = program.send(element, upload, *choice)
+            assert not done and output["error"].startswith(f"{label}: expected "), output
+    program.derain(upload)
+
+
+@pytest.mark.slow
+def test_no_job_starts_past_the_queue(program, tmp_path):
+    data = [program.upload(save(tmp_path / "a.png", photo(1))), *program.choice]
+    message = json.dumps({"data": data, "fn_index": program.event("picture_derain", data)}).encode()
+    with pytest.raises(HTTPError) as caught:
+        program.get("/gradio_api/run/predict", message)
+    assert caught.value.code == 404
+
+
+@pytest.mark.slow
+def test_the_server_fetches_nothing_for_a_visitor(program, server):
+    for name in ("file=", "file/"):
+        with pytest.raises(HTTPError) as caught:
+            program.get(f"/gradio_api/{name}https://example.com/a.png")
+        assert caught.value.code == 404
+    assert "example.com" not in server.log.read_text()
+
+
+# The browser
 
 
 @pytest.fixture(scope="module")

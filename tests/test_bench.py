@@ -116,5 +116,15 @@ def test_bad_baselines(refused, baseline, argument):
     refused("bench", "--baseline", argument.format(file=baseline, text=text), "--sizes", "8x8", names=["--baseline"])
 
 
+def test_a_baseline_without_parameters_is_timed_but_not_trained(run, refused, baseline):
+    """As a filter that is no network; the sentence comes before anything is timed."""
+    baseline.write_text("import torch\n\nclass NoNet(torch.nn.Identity):\n    pass\n")
+    options = ("bench", "--baseline", baseline, "--sizes", "8x8", "--repeats", 1, "--device", "cpu")
+    sentence = refused(*options, "--steps", 1, names=[f"--baseline {baseline}", "parameters to train", "--steps 0"])
+    assert "Traceback" not in sentence
+    result = run(*options, "--steps", 0)
+    assert result.status == 0 and "inference 8x8 baseline" in result.out, result
+
+
 def test_bad_size(refused):
     refused("bench", "--sizes", "100", names=["--sizes"])

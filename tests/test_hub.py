@@ -350,12 +350,39 @@ GOOD = np.zeros((8, 9, 3), np.uint8)
         (GOOD.tolist(), TypeError, "list"), (Image.new("F", (9, 8)), TypeError, "mode F"),
         (Image.new("I;16", (9, 8)), TypeError, "mode I;16"), ("nothing.png", FileNotFoundError, "nothing.png"),
         (ROOT / "README.md", ValueError, "README.md"), (ROOT, ValueError, "not a file"),
+        (np.ma.array(GOOD), TypeError, "masked array"),
     ],
 )
 def test_a_wrong_picture_is_refused_in_one_sentence(derain, picture, error, words):
     with pytest.raises(error) as caught:
         derain(picture)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+def test_a_pil_image_of_a_damaged_or_closed_file_is_told_as_a_damaged_file(tmp_path, derain, kind):
+    """Image.open reads the header alone, so that the file shows its damage in ``derain``."""
+    path = tmp_path / f"half.{kind}"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    in_memory = io.BytesIO(path.read_bytes())
+    for source, name in ((path, f" of {path}"), (in_memory, "")):
+        with Image.open(source) as half, pytest.raises(ValueError) as caught:
+            derain(half)
+        text = str(caught.value)
+        assert text.startswith(f"a PIL image{name} cannot be read (") and "\n" not in text and "whole" in text
+    with pytest.raises(ValueError, match="has not been closed"):
+        derain(half)
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_not_called_damaged(derain, monkeypatch):
+    def convert(*_):
+        raise MemoryError
+
+    picture = Image.fromarray(GOOD)
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(MemoryError):
+        derain(picture)
 
 
 def test_a_wrong_output_is_refused(tmp_path, derain):
