@@ -179,56 +179,88 @@ def pack(cuts, path, patch_size, digest=""):
 
 
 def open_patches(training_set, packed_dir, patch_size, stride, preprocess=False, skip_small=False):
-    """Open the patches of a training set, packing its images first where that has not been done yet.
+    """The patches of one training set; all as for ``open_sets``."""
+    return open_sets([training_set], packed_dir, patch_size, stride, preprocess, skip_small)[0]
+
+
+def open_sets(training_sets, packed_dir, patch_size, stride, preprocess=False, skip_small=False):
+    """Open the patches of training sets, packing the images first where that has not been done yet.
 
     Args:
-        training_set: a ``TrainingSet``.
+        training_sets: ``TrainingSet``s.
         packed_dir: folder of the packed files.
         patch_size, stride: side of the patches and the distance between them, px.
         preprocess: pack anew even if an up-to-date packed file exists.
-        skip_small: leave out images that are smaller than a patch; otherwise they are an error.
+        skip_small: leave out images that are smaller than a patch; otherwise they are an error, which names those of
+            all sets.
 
     Returns:
-        ``PackedPatches``, or ``PReNetPatches`` of a folder that has those. For clean photographs, the rainy patches
-        are the clean ones.
+        For each of them ``PackedPatches``, or ``PReNetPatches`` of a folder that has those. For clean photographs, the
+        rainy patches are the clean ones.
 
     Raises:
         InputError: an image is unreadable or too small, the disk has too little room, or PReNet's patches are of
             another size.
     """
-    if not training_set.pairs:
-        patches = PReNetPatches(training_set)
-        if patches.patch_size != patch_size:
-            raise InputError(
-                f"--patch_size {patch_size}: the patches of {patches.paths[0]} have {patches.patch_size} px; expected"
-                f" --patch_size {patches.patch_size}, or --preprocess, which packs the images of the folder instead"
-            )
-        return patches
-    path = packed_path(training_set, packed_dir, patch_size, stride)
-    digest = fingerprint(training_set.pairs, patch_size, stride, skip_small)
+    # 1. Look at all images before any are packed, which takes long
+    plans, too_small = {}, []
+    for training_set in training_sets:
+        path = packed_path(training_set, packed_dir, patch_size, stride)
+        if not training_set.pairs or path in plans:
+            continue
+        digest = fingerprint(training_set.pairs, patch_size, stride, skip_small)
+        if reason := reason_to_pack(path, digest, preprocess):
+            cuts, small = plan_cuts(training_set.pairs, patch_size, stride)
+            plans[path] = cuts, digest, reason
+            too_small += [f"{pair.rainy} ({width}x{height})" for pair, (height, width) in small.items()]
+    if too_small and not skip_small:
+        names = ", ".join(too_small)
+        raise InputError(f"smaller than --patch_size {patch_size}: {names}; --skip_small leaves such images out")
+
+    # 2. Pack and open
+    sources = []
+    for training_set in training_sets:
+        if not training_set.pairs:
+            sources.append(open_prenet(training_set, patch_size))
+            continue
+        path = packed_path(training_set, packed_dir, patch_size, stride)
+        if path in plans:
+            pack_set(training_set, path, patch_size, *plans.pop(path))
+        patches = PackedPatches(path, training_set)
+        packed = set(patches.names)
+        small = [pair.rainy for pair in training_set.pairs if pair.rainy.name not in packed]
+        report_left_out(training_set.folder, small, f"smaller than {patch_size} px")
+        sources.append(patches)
+    return sources
+
+
+def reason_to_pack(path, digest, preprocess):
+    """Why the images whose ``fingerprint`` is ``digest`` are to be packed into a file; None where that is done."""
     if preprocess:
-        reason = "--preprocess"
-    elif not path.exists():
-        reason = "no packed file yet"
-    elif PackedPatches(path).fingerprint != digest:
-        reason = "the folder has changed"
-    else:
-        reason = None
-    if reason:
-        cuts, small = plan_cuts(training_set.pairs, patch_size, stride)
-        if small and not skip_small:
-            names = ", ".join(f"{pair.rainy} ({width}x{height})" for pair, (height, width) in small.items())
-            raise InputError(f"smaller than --patch_size {patch_size}: {names}; --skip_small leaves such images out")
-        if not cuts:
-            raise InputError(f"--data_path {training_set.folder}: no image is as large as --patch_size {patch_size}")
-        size = f"{packed_size(cuts, patch_size) / 1e6:.1f} MB"
-        number = counted(len(cuts), "image" if training_set.clean_only else "pair")
-        print(f"{training_set.folder}: packing {number} into {path}, {size} ({reason})", flush=True)
-        pack(cuts, path, patch_size, digest)
-    patches = PackedPatches(path, training_set)
-    packed = set(patches.names)
-    small = [pair.rainy for pair in training_set.pairs if pair.rainy.name not in packed]
-    report_left_out(training_set.folder, small, f"smaller than {patch_size} px")
+        return "--preprocess"
+    if not path.exists():
+        return "no packed file yet"
+    return None if PackedPatches(path).fingerprint == digest else "the folder has changed"
+
+
+def pack_set(training_set, path, patch_size, cuts, digest, reason):
+    """``pack`` the ``cuts`` of a ``TrainingSet``, and say why."""
+    if not cuts:
+        raise InputError(f"--data_path {training_set.folder}: no image is as large as --patch_size {patch_size}")
+    size = f"{packed_size(cuts, patch_size) / 1e6:.1f} MB"
+    number = counted(len(cuts), "image" if training_set.clean_only else "pair")
+    print(f"{training_set.folder}: packing {number} into {path}, {size} ({reason})", flush=True)
+    pack(cuts, path, patch_size, digest)
+
+
+def open_prenet(training_set, patch_size):
+    """The ``PReNetPatches`` of a folder, which must have this size."""
+    patches = PReNetPatches(training_set)
+    if patches.patch_size != patch_size:
+        raise InputError(
+            f"--patch_size {patch_size}: the patches of {patches.paths[0]} have {patches.patch_size} px; expected"
+            f" --patch_size {patches.patch_size}, or --preprocess, which packs the images of the folder instead"
+        )
     return patches
 
 

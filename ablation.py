@@ -28,8 +28,8 @@ from metrics import measure
 from pairs import find_pairs, hold_out, read_pair
 from training_sets import PRENET_FILES, counted_folder
 from utils import (
-    InputError, RunError, a_path, add_flag, at_least, begins_with, check_file, check_folder, counted, progress,
-    run_script, write_text,
+    Gathered, InputError, RunError, a_path, add_flag, at_least, begins_with, check_file, check_folder, counted,
+    progress, run_script, write_text,
 )
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
@@ -56,7 +56,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--data_path", type=a_path(str), nargs="+", required=True, metavar="DIR[:N]",
+        "--data_path", action=Gathered, type=a_path(str), nargs="+", required=True, metavar="DIR[:N]",
         help="folders of pairs to train on and hold out from; DIR:40 counts 40 times"
     )
     parser.add_argument(

@@ -56,10 +56,10 @@ def find_backbone(name, backbone_dir, version="IMAGENET1K_V1"):
         folder = Path(backbone_dir)
         others = sorted(path for path in folder.glob(f"{name}*.pth") if may_be(path, name))
         path = next((path for path in (folder / file_name, cached, *others) if path.is_file()), None)
-        part = ", also without the classifier" if version == "IMAGENET1K_V1" else ""
+        part = ", with or without the classifier" if version == "IMAGENET1K_V1" else ""
         return path, (
             f"expected {file_name} from {url} in --backbone_dir {folder}, or there a file {name}*.pth with the same"
-            f" weights{part}"
+            f" weights, not those of another version{part}"
         )
     try:
         if not cached.exists():

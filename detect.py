@@ -26,7 +26,8 @@ from metadata import Metadata
 from outputs import check_outputs, name_outputs, without_overviews
 from pairs import Pair, find_pairs, match_results, read_pair, report_left_out
 from utils import (
-    InputError, RunError, a_path, add_flag, at_least, check_folder, counted, printable, progress, run_script, write_csv,
+    Gathered, InputError, RunError, a_path, add_flag, at_least, check_folder, counted, printable, progress, run_script,
+    write_csv,
 )
 
 AGREES, EXTRA, MISSED = (0, 158, 115), (213, 94, 0), (240, 228, 66)  # green, red, yellow, told apart by any eye
@@ -48,7 +49,7 @@ def parse_args(argv=None):
         help="each picture holds a rainy and a clean image side by side; this half is the rainy one",
     )
     parser.add_argument(
-        "--results_path", type=a_path(), nargs="+", default=[], metavar="DIR",
+        "--results_path", action=Gathered, type=a_path(), nargs="+", default=[], metavar="DIR",
         help="folders of derained images, one for each method; they are named as the rainy or the clean images",
     )
     parser.add_argument(

@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 from images import NoImages, is_image, is_shadow, is_video
 from outputs import is_result, without_overviews
-from pairs import Pair, best_match, candidate_folders, find_pairs, match_results, report_left_out
+from pairs import (
+    CLEAN_FOLDERS, Pair, best_match, candidate_folders, find_pairs, match_results, pictures_below, plain_name,
+    report_left_out, tell_of_unread,
+)
 from utils import InputError, natural_key, printable
 from video_input import is_pattern
 
@@ -58,7 +61,7 @@ def files_below(folder, left_out):
         seen.add(real)
         paths += [path for name in names if not is_shadow(path := Path(place, name))]
     for error in unread:
-        print(f"{printable(error.filename)}: could not be read ({error.strerror})")
+        tell_of_unread(error.filename, error.strerror)
     return sorted(paths, key=natural_key)
 
 
@@ -69,60 +72,27 @@ def earlier_results(files, folder, args):
     return [path for path in files if (is_image(path) or is_video(path)) and is_result(path)]
 
 
-def without_own_results(found, folder, args, places=()):
-    """Take no result of this program for a clean image, where the name of its folder suggests it.
-
-    Args:
-        found: ``pairs.Found`` of a folder.
-        folder: of --test_data_path.
-        places: real paths of folders in which such results have been found already.
-
-    Returns:
-        ``found``, or what there is in other folders, in which pictures whose clean image is a result have none, unless
-        --clean_path asks for it.
-    """
-    if args.clean_path:
-        return found
-    results = {path for path in {pair.clean for pair in found.pairs if not pair.rainy_half} if is_result(path)}
-    rainy = [pair.rainy for pair in found.pairs if pair.clean in results]
-    if not rainy:
-        return found
-    place = printable(os.path.relpath(min(results).parent, folder))
-    print(f"{printable(folder)}: the pictures in {place} are results of an earlier run and no clean images")
-    pairs = [pair for pair in found.pairs if pair.clean not in results]
-    # The clean images may lie in another folder, whose name comes after that of the results.
-    places = {*places, *(os.path.realpath(path.parent) for path in results)}
-    others = best_match(pair for pair in candidate_folders(folder) if os.path.realpath(pair[1]) not in places)
-    if others and len(others.pairs) > len(pairs):
-        return without_own_results(others, folder, args, places)
-    if args.side_by_side:
-        return found._replace(pairs=[*pairs, *(Pair(path, path, args.side_by_side) for path in rainy)])
-    return found._replace(pairs=pairs, alone=sorted([*found.alone, *rainy], key=natural_key))
-
-
-def find_set(folder, earlier, args):
+def find_set(folder, earlier, clean, args):
     """Find the pairs of a folder, and say which of them are not measured and which images are left out.
 
     Args:
         folder: of --test_data_path.
         earlier: real paths of ``earlier_results``, which are no inputs.
+        clean: {real path: ...} of the clean images of other folders, which are left out.
 
     Returns:
         (list of ``Pair``, whose clean image is None where there is none; paths of the images left out).
     """
     rainy_half = args.side_by_side
-    found = find_pairs(folder, "--test_data_path", args.clean_path, rainy_half, required=False)
-    found = without_own_results(found, folder, args)
+    found = find_pairs(folder, "--test_data_path", args.clean_path, rainy_half, required=False, known=earlier)
     if rainy_half and not all(pair.rainy_half for pair in found.pairs):
         raise InputError(
             f"--side_by_side {rainy_half}: {folder} has rainy and clean images in files of their own,"
             f" such as {found.pairs[0].rainy.name} and {found.pairs[0].clean.name}; expected both in one"
         )
-    alone, unused = (
-        [path for path in paths if os.path.realpath(path) not in earlier] for paths in (found.alone, found.unused)
-    )
+    alone = [path for path in found.alone if os.path.realpath(path) not in clean]
     named = {os.path.realpath(path) for path in args.inputs}  # by themselves, so that they are not left out
-    unused = [path for path in unused if os.path.realpath(path) not in named]
+    unused = [path for path in found.unused if os.path.realpath(path) not in named]
     report_left_out(folder, unused)
     if alone and found.pairs:
         names = ", ".join(printable(image.name) for image in alone)
@@ -134,8 +104,12 @@ def find_set(folder, earlier, args):
     return sorted(pairs, key=lambda pair: natural_key(pair.rainy)), unused
 
 
-def find_in_folder(folder, below, args):
-    """The ``Inputs`` of one folder, whose results go to the folder ``below`` under --output_path."""
+def find_in_folder(folder, below, args, clean):
+    """The ``Inputs`` of one folder, whose results go to the folder ``below`` under --output_path.
+
+    ``clean`` are the real paths of the clean images of folders that came before: they are no inputs, except with
+    --recursive.
+    """
     # By default a folder for each model, all of which are left out.
     output = args.output_path if args.given_output else args.output_path.parent
     files = files_below(folder, output) if args.recursive else files_in(folder)
@@ -146,7 +120,7 @@ def find_in_folder(folder, below, args):
         pairs = [Pair(path, None) for path in files if is_image(path) and os.path.realpath(path) not in earlier]
     else:
         with suppress(NoImages):  # there may be videos
-            pairs, unused = find_set(folder, earlier, args)
+            pairs, unused = find_set(folder, earlier, clean, args)
         places = {os.path.realpath(pair.rainy.parent): pair.rainy.parent for pair in pairs}
         places.pop(os.path.realpath(folder), None)
         files += [path for place in places.values() for path in files_in(place)]
@@ -154,17 +128,24 @@ def find_in_folder(folder, below, args):
     pairs = [pair for pair in pairs if pair.rainy not in disguised]
     used = {os.path.realpath(path) for path in (*paths_of(pairs), *unused)} | earlier
     rest = [path for path in files if os.path.realpath(path) not in used]
+    theirs = {os.path.realpath(path) for path in rest} & clean.keys()
+    rest = [path for path in rest if os.path.realpath(path) not in theirs]
     clips = [path for path in rest if is_video(path)]
-    if not pairs and not clips:
-        where = " or below it" if args.recursive else ""
-        raise NoImages(f"--test_data_path {folder}: neither images nor videos in this folder{where}")
+    if not pairs and not clips and not theirs:
+        where, advice = " or below it" if args.recursive else "", ""
+        if not args.recursive and (places := pictures_below(folder)):
+            advice = f", but pictures in {places}; expected the folder of the rainy ones, and --clean_path with that of"
+            advice += " the clean ones where there are some, or --recursive, which takes all as rainy"
+        raise NoImages(f"--test_data_path {folder}: neither images nor videos in this folder{where}{advice}")
+    named = {os.path.realpath(path) for path in args.inputs}  # by themselves, so that their turn comes
 
     def place_of(path):
         return below / path.parent.relative_to(folder) if args.recursive else below
 
     return Inputs(
         [(pair, place_of(pair.rainy), None) for pair in pairs], [(path, place_of(path)) for path in clips], unused,
-        [path for path in rest if path not in clips and not is_of_no_interest(path)], [],
+        [path for path in rest if path not in clips and not is_of_no_interest(path)
+         and os.path.realpath(path) not in named], [],
     )
 
 
@@ -218,18 +199,25 @@ def tell_of_clean_images(pictures):
             found = best_match(candidate_folders(folder))
             clean = {os.path.realpath(pair.rainy): pair.clean for pair in found.pairs} if found else {}
             theirs = [clean[place] for path in paths if (place := os.path.realpath(path)) in clean]
-            theirs = [path for path in theirs if not is_result(path)]
             if theirs:
                 has = "a picture has a clean image" if len(theirs) == 1 else f"{len(theirs)} pictures have clean images"
                 example = os.path.relpath(theirs[0], folder)
                 print(f"{printable(folder)}: {has} ({printable(example)}); name the folder to have them measured")
 
 
+def order_of(path):
+    """Sort key for the paths of --test_data_path, of which some say what others are.
+
+    Of a folder and a file in it the folder comes first, as there the file may have its clean image. Of folders those of
+    clean images come last, so that it is known whose clean images they are.
+    """
+    return not path.is_dir(), plain_name(Path(os.path.abspath(path)).name) in CLEAN_FOLDERS
+
+
 def find_inputs(args):
     """The ``Inputs`` of all paths of --test_data_path, and a line about those that are not measured or left out."""
-    found, known, clean = {}, set(), {}
-    # Of a folder and a file in it the folder comes first, as there the file may have its clean image.
-    for path in sorted(args.inputs, key=lambda path: not path.is_dir()):
+    found, known, clean = {}, set(), {}  # clean: {real path of a clean image: its path if it is named as an input too}
+    for path in sorted(args.inputs, key=order_of):
         below = Path()
         if len(args.inputs) > 1:
             below = Path(os.path.relpath(path if path.is_dir() else path.parent, args.test_data_path))
@@ -238,12 +226,15 @@ def find_inputs(args):
             found[path] = Inputs([], [], [], [], [])
             continue
         try:
-            new = find_in_folder(path, below, args) if path.is_dir() else find_file(path, below, args)
+            new = find_in_folder(path, below, args, clean) if path.is_dir() else find_file(path, below, args)
         except NoImages:  # a glob may well name a folder without pictures
             if len(args.inputs) == 1:
                 raise
             new = Inputs([], [], [], [path], [])
         found[path] = without_known(new, known)
+        if path.is_dir():
+            inside = [file for file in files_in(path) if os.path.realpath(file) in clean] if clean else []
+            clean |= {os.path.realpath(file): file for file in inside}
         others = [pair.clean for pair, *_ in new.pictures if pair.clean not in (None, pair.rainy)]
         clean |= {os.path.realpath(path): None for path in others}
     named = sorted(filter(None, clean.values()), key=natural_key)
@@ -268,7 +259,6 @@ def find_results(args):
     found = find_pairs(
         folder, "--test_data_path", args.clean_path, args.side_by_side, not args.no_reference, ("--clean_path",)
     )
-    found = without_own_results(found, folder, args)
     if not found.pairs and not args.no_reference:
         raise InputError(f"--test_data_path {folder}: no clean images; expected --clean_path, the folder of them")
     pairs, left_out = found.pairs, found.alone + found.unused

@@ -101,7 +101,9 @@ def metadata_of(image, path):
         exif = kept_exif(read_exif(image, path))
     except Exception:  # as for the pixels, a damaged file can fail at any point
         exif = {}
-    profile = image.info.get("icc_profile") or (profile_of_jp2(path) if image.format == "JPEG2000" else None)
+    profile = image.info.get("icc_profile")
+    if not profile and image.format in PROFILES:  # Pillow does not read it
+        profile = PROFILES[image.format](path)
     # A profile of CMYK or grey would be wrong for the RGB that such pixels are converted to.
     foreign = bool(profile) and profile[16:20] in (b"GRAY", b"CMYK") and profile[36:40] == b"acsp"
     if not profile or profile[16:20] != b"RGB " or profile[36:40] != b"acsp":
@@ -142,6 +144,30 @@ def profile_of_jp2(path):
     header = read_start(path, 2**20).partition(b"jp2c")[0]
     box = re.search(rb"colr\x02..(?=(....))", header, re.DOTALL)  # a profile begins with its length
     return header[box.end() :][: int.from_bytes(box[1], "big")] if box else None
+
+
+def profile_of_bmp(path):
+    """The ICC profile embedded in a BMP file, whose header is then that of version 5, or None."""
+    header = read_start(path, 138)
+    if len(header) < 138 or header[14:18] != b"\x7c\0\0\0" or header[70:74] != b"DEBM":  # MBED, from the end
+        return None
+    start, length = struct.unpack("<II", header[126:134])
+    with open(path, "rb") as file:
+        file.seek(14 + start)
+        return file.read(min(length, 2**24)) or None
+
+
+def profile_of_gif(path):
+    """The ICC profile of a GIF file, which is in blocks of up to 255 bytes behind their length, or None."""
+    rest = Path(path).read_bytes().partition(b"\x21\xff\x0bICCRGBG1012")[2]
+    profile, start = b"", 0
+    while start < len(rest) and (length := rest[start]):
+        profile += rest[start + 1 : start + 1 + length]
+        start += 1 + length
+    return profile or None
+
+
+PROFILES = {"JPEG2000": profile_of_jp2, "BMP": profile_of_bmp, "GIF": profile_of_gif}
 
 
 def colour_chunks(path):

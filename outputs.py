@@ -83,18 +83,19 @@ def name_outputs(places, endings):
     ]
 
 
-def name_clips(clips):
+def name_clips(clips, suffix=""):
     """Where each video's result goes: (folder below --output_path, name without a suffix).
 
     Where two would collide, each name is that of the video with its suffix.
 
     Args:
         clips: (path of the video, folder below --output_path) of each.
+        suffix: that of --suffix, which comes behind each name.
     """
     places = [(folder, clip_name(path)) for path, folder in clips]
     counts = Counter((folder, name.lower()) for folder, name in places)
     return [
-        (folder, path.name if counts[folder, name.lower()] > 1 else name)
+        (folder, (path.name if counts[folder, name.lower()] > 1 else name) + suffix)
         for (folder, name), (path, _) in zip(places, clips)
     ]
 

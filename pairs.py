@@ -8,19 +8,24 @@ import argparse
 import os
 import re
 from collections import Counter, defaultdict
-from itertools import product
+from functools import cache
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from images import find_images, image_size, list_images, read_image, read_rgb, to_uint8
+from images import (
+    NoImages, entries_in, find_images, image_size, is_marked, list_images, read_image, read_rgb, to_uint8,
+)
 from utils import InputError, a_path, ahead, cores, counted, natural_key, printable, progress, run_script
 
 # Layouts: any rainy folder below goes with any clean folder, in any case of their names; "." is the data set's own.
-RAINY_FOLDERS = ("rainy", ".", "rainy_image", "input", "rain", "rain/x2", "lq", "data", "in")
-CLEAN_FOLDERS = (".", "ground_truth", "target", "norain", "gt", "groundtruth", "clean", "no_rain")
+RAINY_FOLDERS = ("rainy", ".", "rainy_image", "input", "rain", "rain/x2", "lq", "data", "in", "rainy_images")
+CLEAN_FOLDERS = (
+    ".", "ground_truth", "target", "norain", "gt", "groundtruth", "clean", "no_rain", "hq", "clean_images",
+)
 
 
 class Names(NamedTuple):
@@ -41,6 +46,15 @@ NAMES = (
     Names(r"(.+)_in", r"(.+)_gt", True),  # Rain12
     Names(r"(.+)_rain", r"(.+)_clean", True),  # RainDrop
     Names(r"(.+)_s\d+_a\d+", r"(.+)", False, True),  # Outdoor-Rain
+    Names(r"(.+)_rain", r"(.+)_norain", True),
+    Names(r"rain-(\d+)", r"clean-(\d+)", True),
+    Names(r"rain-(\d+)x2", r"norain-(\d+)", True),  # Rain200H, Rain200L with their rainy images renamed
+    Names(r"(\d+)x2", r"(\d+)", False),
+    Names(r"(?:rd|rain|rd-rain)-(\d+)", r"norain-(\d+)", False, True),  # RainDS of real rain
+    Names(r"pie-(?:rd|rain|rd-rain)-(\d+)", r"pie-norain-(\d+)", False, True),  # RainDS of drawn rain
+    Names(r"(.+_leftImg8bit)_rain_.+", r"(.+_leftImg8bit)", True, True),  # RainCityscapes
+    # GT-Rain. Of the clean images of a scene it has this one; a stereo camera may have R-001 and C-001.
+    Names(r"(.+)-R-\d+", r"(.+)-C-000", True, True),
 )
 
 SAME_BACKGROUND = 0.95  # correlation of thumbnails; see ``Backgrounds``
@@ -154,6 +168,26 @@ def match_names(rainy_paths, clean_paths, names):
     return Found([Pair(path, partners[0]) for path, partners in pairs], alone, unused), twins
 
 
+@cache  # so that a folder that is looked at twice is told of once
+def tell_of_unread(folder, reason):
+    """Say that a folder could not be read, which costs nothing else."""
+    print(f"{printable(folder)}: could not be read ({reason})", flush=True)
+
+
+def look_into(folder, look):
+    """The list that ``look(folder)`` returns; an empty one where the folder may not be read, which is told of."""
+    try:
+        return look(folder)
+    except OSError as error:
+        tell_of_unread(folder, error.strerror)
+        return []
+
+
+def folders_in(folder):
+    """The folders directly in ``folder``, in the order of their names."""
+    return look_into(folder, lambda folder: sorted(entries_in(folder, folders=True)))
+
+
 def plain_name(name):
     """A folder's name in lower case, with _ for a space or a hyphen."""
     return re.sub("[ -]", "_", name.lower())
@@ -165,8 +199,7 @@ def subfolders(folder, names):
     for name in names:
         places = [folder]
         for part in name.split("/") if name != "." else ():
-            places = sorted(child for place in places for child in place.iterdir()
-                            if plain_name(child.name) == part and child.is_dir())
+            places = sorted(child for place in places for child in folders_in(place) if plain_name(child.name) == part)
         if places:
             there[name] = places[0]
     return there
@@ -191,19 +224,19 @@ def candidate_folders(folder):
             yield from ((rainy, clean) for clean in clean_folders)
 
 
-def best_match(candidates, images=None):
-    """The ``Found`` with the most pairs over all (rainy folder, clean folder) and ``NAMES``; None where none has any.
+def most_pairs(candidates, images):
+    """The ``Found`` with the most pairs over all (rainy folder, clean folder) and ``NAMES``.
 
     Args:
         candidates: the (rainy folder, clean folder)s.
         images: {folder: paths of its images}, to which those that are looked at are added.
 
-    Raises:
-        InputError: it has two files of one stem.
+    Returns:
+        (``Found``, two files of one stem in it); None for each where there is none.
     """
-    best, best_twins, images = None, None, {} if images is None else images
+    best, best_twins = None, None
     for folders in candidates:
-        images.update({place: list_images(place) for place in folders if place not in images})
+        images.update({place: look_into(place, list_images) for place in folders if place not in images})
         rainy, clean = (images[place] for place in folders)
         for names in NAMES:
             if folders[0] == folders[1] and not names.one_folder:
@@ -211,7 +244,42 @@ def best_match(candidates, images=None):
             found, twins = match_names(rainy, clean, names)
             if len(found.pairs) > (len(best.pairs) if best else 0):
                 best, best_twins = found, twins
-    refuse_twins(best_twins)
+    return best, best_twins
+
+
+def best_match(candidates, images=None, results=None):
+    """The ``Found`` of ``most_pairs``, without this program's own results; None where no image has a clean one.
+
+    A result looks like a rainy or a clean image by its folder and its name, and is neither. Where nothing but results
+    would be clean images, their rainy images are ``alone`` in what is returned, and there is no pair.
+
+    Args:
+        candidates, images: as for ``most_pairs``.
+        results: {path of a result that has been left out: whether its folder was taken for that of clean images}, to
+            which more are added.
+
+    Raises:
+        InputError: it has two files of one stem.
+    """
+    candidates, images = list(candidates), {} if images is None else images
+    results, marked, best = {} if results is None else results, cache(is_marked), None
+    while True:
+        before = best
+        best, twins = most_pairs(candidates, images)
+        # Marks are read of what would be taken only, as that takes a while in a long folder.
+        pairs = best.pairs if best else []
+        clean = {pair.clean.parent for pair in pairs if marked(pair.clean)}
+        rainy = [*(pair.rainy for pair in pairs), *(best.alone if best else ()), *(twins or ())]
+        places = clean | {path.parent for path in rainy if marked(path)}
+        if not places:
+            break
+        for place in places:
+            results |= {path: place in clean for path in images[place] if marked(path)}
+            images[place] = [path for path in images[place] if path not in results]
+    refuse_twins(twins)
+    if best is None and before:
+        bare = {*(pair.rainy for pair in before.pairs), *before.alone} - results.keys()
+        return Found([], sorted(bare, key=natural_key), []) if bare else None
     return best
 
 
@@ -224,7 +292,9 @@ def refuse_twins(paths):
         )
 
 
-def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None, required=True, ways_out=()):
+def find_pairs(
+    folder, option="--data_path", clean_folder=None, rainy_half=None, required=True, ways_out=(), known=frozenset()
+):
     """Find the image pairs of a data set from its folder (``RAINY_FOLDERS``, ``CLEAN_FOLDERS``, ``NAMES``).
 
     Args:
@@ -234,6 +304,7 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
         rainy_half: "left" or "right": where no layout fits, each image holds the rainy and the clean one side by side.
         required: whether there must be pairs. If not, a folder without any is real rain: all of it is ``alone``.
         ways_out: which of "--clean_path" and "--rain_synth" the script has for this folder; an error advises these.
+        known: real paths of results of an earlier run that are no inputs, and need not be told of.
 
     Returns:
         ``Found``, whose ``pairs`` can be empty only where none are ``required``.
@@ -244,39 +315,74 @@ def find_pairs(folder, option="--data_path", clean_folder=None, rainy_half=None,
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{option} {folder}: no such folder; expected a folder of rainy and clean images")
+    paths = [path for path in list_images(folder) if not known or os.path.realpath(path) not in known]
     if clean_folder is not None:
         if not Path(clean_folder).is_dir():
             raise InputError(f"--clean_path {clean_folder}: no such folder; expected the clean images of {folder}")
-        found = best_match([(folder, Path(clean_folder))])
-        if found is None:
-            raise InputError(f"--clean_path {clean_folder}: no image goes by its name with one in {folder}")
-        return found
-    images = {folder: list_images(folder)}
-    found, paths = best_match(candidate_folders(folder), images), images[folder]
-    if found:
+        return match_clean_folder(folder, paths, Path(clean_folder))
+    images, results = {folder: paths}, {}
+    found, paths = best_match(candidate_folders(folder), images, results), images[folder]
+    report_results(folder, {path: results[path] for path in results if os.path.realpath(path) not in known})
+    if found and found.pairs:
         return found._replace(unused=sorted([*found.unused, *strays(folder, images, found)], key=natural_key))
-    if required or not paths:  # a folder of photographs may well have a data set below it
+    if found and (required or "--rain_synth" in ways_out):  # the rainy images are no photographs to put rain on
+        places = sorted({path.parent for path, as_clean in results.items() if as_clean})
+        advice = f", or --clean_path {places[0]} for those" if places and "--clean_path" in ways_out else ""
+        raise InputError(
+            f"{option} {folder}: no rainy/clean pairs, as the clean images are results of an earlier run; expected"
+            f" others{advice}"
+        )
+    if not found and (required or not paths):  # a folder of photographs may well have a data set below it
         refuse_parent_of_sets(folder, option)
-    if rainy_half and paths:
-        stems = defaultdict(list)
+    if rainy_half and (paths or found):
+        paths, stems = found.alone if found else paths, defaultdict(list)
         for path in paths:
             stems[path.stem].append(path)
         refuse_twins(next((both for both in stems.values() if len(both) > 1), None))
         return Found([Pair(path, path, rainy_half) for path in paths], [], [])
-    beside = clean_images_beside(folder)
+    if found:
+        return found._replace(unused=sorted(strays(folder, images, found), key=natural_key))
+    hint, misfit = hint_at_clean_images(folder, paths)
     if required:
-        hints = {"--rain_synth": "--rain_synth for clean photographs alone"}
-        if beside:
-            hints = {"--clean_path": f"--clean_path {beside} if the clean images are those"} | hints
-        advice = "".join(f"; or {hint}" for name, hint in hints.items() if name in ways_out)
-        raise InputError(
-            f"{option} {folder}: no rainy/clean pairs; expected for example rain-1.png beside norain-1.png, or input/"
-            f" and target/ with equal names{advice}"
-        )
-    if beside:
-        hint = f"--clean_path {beside} takes the images there for them"
-        print(printable(f"{folder}: no clean images found by name; {hint}"))
-    return Found([], find_images(folder, option), [])
+        hints = {"--clean_path": hint and f"{hint} if the clean images are those"}
+        hints["--rain_synth"] = "--rain_synth for clean photographs alone"
+        advice = "".join(f"; or {text}" for name, text in hints.items() if text and name in ways_out)
+        expected = "expected for example rain-1.png beside norain-1.png, or input/ and target/ with equal names"
+        reason = f" ({misfit})" if misfit else ""
+        if not paths and (below := pictures_below(folder)):
+            reason, expected = f" in this folder, but pictures in {below}", "expected the folder of the rainy ones"
+            advice = ", and --clean_path with that of the clean ones" if "--clean_path" in ways_out else ""
+        raise InputError(f"{option} {folder}: no rainy/clean pairs{reason}; {expected}{advice}")
+    if hint or misfit:
+        told = f"{hint} takes the images there for them" if hint else misfit
+        print(printable(f"{folder}: no clean images found by name; {told}"))
+    if not paths:
+        raise NoImages(f"{option} {folder}: no images in this folder")
+    return Found([], paths, [])
+
+
+def match_clean_folder(folder, paths, clean_folder):
+    """The ``Found`` of the images at ``paths`` in ``folder`` and those of --clean_path, which may be any pictures."""
+    results = {path: False for path in paths if is_marked(path)}
+    rainy = [path for path in paths if path not in results]
+    if rainy:  # a folder of nothing but results is meant by who names it
+        report_results(folder, results)
+    images = {clean_folder: list_images(clean_folder), folder: rainy or paths}
+    found, twins = most_pairs([(folder, clean_folder)], images)
+    refuse_twins(twins)
+    if found is None:
+        clean = images[clean_folder]
+        example = f" ({clean[0].name}, {paths[0].name})" if clean and paths else ""
+        raise InputError(f"--clean_path {clean_folder}: no image goes by its name with one in {folder}{example}")
+    return found
+
+
+def report_results(folder, results):
+    """Name the ``results`` of ``best_match`` in a data set, which are neither rainy nor clean images."""
+    report_left_out(folder, [path for path, as_clean in results.items() if not as_clean], "results of an earlier run")
+    for place in sorted({path.parent for path, as_clean in results.items() if as_clean}):
+        name = printable(os.path.relpath(place, folder))
+        print(f"{printable(folder)}: the pictures in {name} are results of an earlier run and no clean images")
 
 
 def strays(folder, images, found):
@@ -300,24 +406,55 @@ def pairs_directly_in(folder):
     Raises:
         InputError: it has two files of one stem.
     """
-    return best_match(folders for folders in candidate_folders(Path(folder)) if folders[0].samefile(folder))
+    found = best_match(folders for folders in candidate_folders(Path(folder)) if folders[0].samefile(folder))
+    return found if found and found.pairs else None
 
 
 def refuse_parent_of_sets(folder, option):
     """Refuse a folder that holds data sets and is none itself, naming them."""
-    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
-    sets = [child.name for child in children if best_match(candidate_folders(child))]
+    sets = [child.name for child in folders_in(folder) if best_match(candidate_folders(child))]
     if sets:
         raise InputError(f"{option} {folder}: holds several data sets; expected one of them: {', '.join(sets)}")
 
 
-def clean_images_beside(folder):
-    """A folder with images in or beside ``folder`` whose name is one of ``CLEAN_FOLDERS``; None where there is none."""
-    for root in (folder, folder.resolve().parent):
+def hint_at_clean_images(folder, paths):
+    """What to say of a folder in or beside ``folder`` whose name is one of ``CLEAN_FOLDERS``.
+
+    Args:
+        folder: of rainy images.
+        paths: of the images in it.
+
+    Returns:
+        (the option that takes the images there for the clean ones, if some go by their names with the rainy ones; else
+        how the names differ); "" for what there is not.
+    """
+    misfit = ""
+    for root in (folder, folder.resolve().parent) if paths else ():
         for name, place in subfolders(root, CLEAN_FOLDERS).items():
-            if name != "." and place.resolve() != folder.resolve() and list_images(place):
-                return place
-    return None
+            if name == "." or place.resolve() == folder.resolve():
+                continue
+            images = {folder: paths}
+            if most_pairs([(folder, place)], images)[0]:
+                return f"--clean_path {place}", ""
+            if images[place] and not misfit:
+                misfit = f"{images[place][0]} and {paths[0].name} do not go together by their names"
+    return "", misfit
+
+
+def pictures_below(folder, levels=3, limit=3):
+    """Which folders below ``folder`` hold pictures, as words: "A, B, C and others"; "" where none does."""
+
+    def look(place, level):
+        for child in folders_in(place):
+            if not child.name.startswith("."):
+                if look_into(child, list_images):
+                    yield printable(child.relative_to(folder))
+                if level < levels:
+                    yield from look(child, level + 1)
+
+    names = list(islice(look(Path(folder), 1), limit + 1))
+    names[limit:] = ["others"] * (len(names) > limit)
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
 
 
 def report_left_out(folder, paths, reason="no pair by their names"):
@@ -461,6 +598,9 @@ def hold_out(pairs, count, backgrounds=None):
                 chosen.append(candidate[k % len(candidate)])
                 break
     return chosen
+
+
+# Command
 
 
 def parse_args(argv=None):

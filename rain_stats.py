@@ -21,7 +21,9 @@ from metadata import Metadata
 from metrics import measure
 from pairs import find_pairs, read_clean, report_left_out
 from rain import EXACT, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
-from utils import InputError, a_path, at_least, begins_with, check_file, progress, run_script, write_text
+from utils import (
+    Gathered, InputError, a_path, at_least, begins_with, check_file, progress, run_script, write_text,
+)
 
 HEADING = "# Drawn rain against real rain"  # by which a later run knows its table
 COLUMNS = (
@@ -191,7 +193,8 @@ def draw_picture(sets, seed):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data_path", type=a_path(str), nargs="+", required=True, metavar="DIR", help="folders of rainy/clean pairs"
+        "--data_path", action=Gathered, type=a_path(str), nargs="+", required=True, metavar="DIR",
+        help="folders of rainy/clean pairs",
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the drawn rain (default: 0)")
     parser.add_argument(

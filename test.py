@@ -37,8 +37,8 @@ from processes import (
 )
 from runners import SharedRunner, self_ensemble, settings_of
 from utils import (
-    InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable, progress,
-    run_script, want_of_memory, write_csv,
+    Gathered, InputError, Parser, RunError, a_path, add_flag, ahead, at_least, check_folder, counted, printable,
+    progress, run_script, want_of_memory, write_csv,
 )
 from video import VideoOptions, check_crf, derain_video, write_report
 from video_form import CODECS
@@ -51,7 +51,8 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_network_options(parser, "general.pth, and where there are no clean images real.pth,")
     parser.add_argument(
-        "--test_data_path", type=a_path(), nargs="+", default=[Path("datasets/test/Rain100H")], metavar="PATH",
+        "--test_data_path", action=Gathered, type=a_path(), nargs="+", default=[Path("datasets/test/Rain100H")],
+        metavar="PATH",
         help="images, videos and folders of them; clean images beside the rainy ones are found"
         " (default: datasets/test/Rain100H)",
     )
@@ -148,6 +149,9 @@ def check_options(args):
     for name in ("comparison", "no_reference"):
         if getattr(args, name) and clip:
             raise InputError(f"--{name}: {source} is no image; expected an image or a folder of images")
+    for name, default in (("format", "png"), ("quality", 95)):
+        if getattr(args, name) != default and clip:
+            raise InputError(f"--{name}: {source} is a video; expected images, as --codec and --crf are for videos")
     clean_options = [name for name in ("clean_path", "side_by_side") if getattr(args, name)]
     if len(clean_options) == 2:
         raise InputError("--clean_path and --side_by_side: expected one of them; each says where the clean images are")
@@ -187,13 +191,14 @@ def plan_jobs(pictures, args):
     ]
 
 
-def derain_images(runner, jobs, args, device, share=(0, 1)):
+def derain_images(runner, jobs, args, device, share=(0, 1), only=False):
     """Derain, save and measure the picture of each ``Job``; a bad one does not cost the others.
 
     Args:
         runner, device: as for ``process``.
         jobs, args: list of ``Job``; the options.
         share: (rank, ranks): with several processes, each takes its share of the jobs, and the first one reports.
+        only: whether nothing else is derained in this run; then the reason for a failure is the run's last word.
 
     Returns:
         [(name, reason)] of those that failed; in the first process of all.
@@ -217,7 +222,7 @@ def derain_images(runner, jobs, args, device, share=(0, 1)):
     def tell(row, reason):
         if row:
             tqdm.write(describe(row))
-        elif len(jobs) > 1:
+        elif not only:
             tqdm.write(f"error: {reason}")
 
     mine, results = list(enumerate(jobs))[rank::ranks], []
@@ -269,7 +274,9 @@ def video_options(args, at_once=0):
         "weights": zlib.crc32(args.checkpoint.read_bytes()), "recurrent_iter": args.recurrent_iter,
         "use_dilation": args.use_dilation, "precision": args.precision, "self_ensemble": args.self_ensemble,
     }
-    return VideoOptions(args.codec or "h264", args.crf, args.frames, args.overwrite, settings, at_once)
+    return VideoOptions(
+        args.codec or "h264", args.crf, args.frames, args.overwrite, settings, at_once, metadata=args.metadata
+    )
 
 
 def describe_change(average):
@@ -330,7 +337,7 @@ def derain_clips(runner, clips, args, device):
     # Beside a card, a thread keeps it busy while frames are read and written; a CPU is busy anyway.
     at_once = derain_frame.ranks if derain_frame.ranks > 1 else int(device.type == "cuda")
     with closing(derain_frame):
-        for (path, below), place in zip(clips, name_clips(clips)):
+        for (path, below), place in zip(clips, name_clips(clips, args.suffix)):
             try:
                 with want_of_memory(f"{path}: "):
                     derain_clip(path, place, derain_frame, args, at_once)
@@ -362,7 +369,8 @@ def refuse_to_overwrite(jobs, inputs, args):
     if args.comparison and jobs:
         written += [args.output_path / SHEET, *(job.panel for job in jobs)]
     # A video's own name follows from its streams, so derain_video looks at it.
-    written += [args.output_path / folder / f"{name}.csv" for folder, name in name_clips(inputs.clips)]
+    places = name_clips(inputs.clips, args.suffix)
+    written += [args.output_path / folder / f"{name}.csv" for folder, name in places]
     read = [*paths_of(job.pair for job in jobs), *inputs.unused, *(path for path, _ in inputs.clips)]
     check_outputs(written, read, args.output_path)
     there = sum(map(os.path.lexists, (job.output for job in jobs))) if args.overwrite and not args.results_path else 0
@@ -408,10 +416,11 @@ def main():
 
         # 2. Derain and measure each
         runner = None if args.results_path else load_runner(args, device)
-        failures = derain_images(runner, jobs, args, device, (rank, ranks)) if jobs else []
+        total = len(jobs) + len(inputs.clips)
+        failures = derain_images(runner, jobs, args, device, (rank, ranks), total == 1) if jobs else []
         failures += derain_clips(runner, inputs.clips, args, device) if inputs.clips else []
     if rank == 0:
-        report_left_over(args, inputs, len(jobs) + len(inputs.clips), failures)
+        report_left_over(args, inputs, total, failures)
 
 
 def report_left_over(args, inputs, total, failures):

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from checkpoints import load_weights, save_checkpoint
-from DerainDataset import ShuffledBatches, TrainingPatches, open_patches
+from DerainDataset import ShuffledBatches, TrainingPatches, open_sets
 from devices import (
     HALF_PRECISIONS, FiniteCheck, check_compile, choose_speed, loader_processes, mixed_precision, pick_device,
     threads_beside,
@@ -139,12 +139,13 @@ def load_data(args, device, rank, ranks):
     )
     hold_out = args.val_pairs * (len(sets) if len(args.val_pairs) == 1 else 1)
     given = find_validation_pairs(args.val_path, args.side_by_side) if args.val_path else []
-    val_pairs = separate(sets, hold_out, given, args.exclude_test, args.side_by_side)
+    smallest = args.patch_size if args.skip_small else 0
+    val_pairs = separate(sets, hold_out, given, args.exclude_test, args.side_by_side, smallest)
     validation = summarise_validation(val_pairs)
 
     anew = args.preprocess and rank == 0 and not restarted()
     packing = args.packed_dir, args.patch_size, args.stride, anew, args.skip_small
-    sources = [open_patches(training_set, *packing) for training_set in sets]
+    sources = open_sets(sets, *packing)
     dataset = TrainingPatches(sources, args.augment, args.seed, rain)
     if len(dataset) < ranks:
         raise InputError(f"--data_path: {counted(len(dataset), 'patch')}; expected one for each of {ranks} processes")
@@ -262,8 +263,6 @@ def train(args, device, rank, ranks):
     elif (args.save_path / STATE_FILE).exists():
         saved, position = read_state(args.save_path)
     resumed, position = saved is not None, position or Position()
-    if args.stop_after and position.step >= args.stop_after:
-        raise InputError(f"--stop_after {args.stop_after}: the run is at step {position.step} already; expected more")
     loader, val_pairs, data = load_data(args, device, rank, ranks)
     if rank > 0 and (change := changed_data(expected, data, "in the first process", "in this one")):
         raise InputError(f"process {rank} of {ranks}: {change}; expected the same data and options for all")

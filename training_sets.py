@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pairs import Backgrounds, Pair, find_pairs, hold_out, read_pair, report_left_out
-from utils import InputError, a_path, add_flag, at_least, counted
+from pairs import Backgrounds, Pair, find_pairs, hold_out, pair_size, read_pair, report_left_out
+from utils import Gathered, InputError, a_path, add_flag, at_least, counted
 
 PRENET_FILES = ("train_input.h5", "train_target.h5")  # the patches that PReNet's code packs
 DATA_HINT = (
@@ -111,17 +111,25 @@ def find_validation_pairs(folder, rainy_half=None):
 
 
 def summarise_validation(pairs):
-    """Read the pairs to validate on, now and not after the first epoch; return what tells them from others."""
-    digest = hashlib.sha256()
+    """Read the pairs to validate on, now and not after the first epoch; return what tells them from others.
+
+    Raises:
+        InputError: an image cannot be read, or some are too small; all of these are named.
+    """
+    digest, small = hashlib.sha256(), []
     for pair in pairs:
-        for image in read_pair(pair):
-            if min(image.shape[:2]) < 11:
-                raise InputError(f"{pair.rainy}: expected validation images of 11 px or more, the window of SSIM")
+        images = read_pair(pair)
+        height, width = images[0].shape[:2]
+        if min(height, width) < 11:
+            small.append(f"{pair.rainy} ({width}x{height})")
+        for image in images:
             digest.update(np.ascontiguousarray(image))
+    if small:
+        raise InputError(f"{', '.join(small)}: expected validation images of 11 px or more, the window of SSIM")
     return {"pairs": len(pairs), "content": digest.hexdigest()}
 
 
-def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None):
+def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None, smallest=0):
     """Make training, validation and test sets share no background; what is left out of training is named.
 
     Args:
@@ -130,6 +138,7 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None):
         val_pairs: further pairs to validate on.
         exclude_test: folders of test sets.
         rainy_half: of these, as for ``pairs.find_pairs``.
+        smallest: shorter side in px from which on an image may be held out; --skip_small leaves smaller ones out.
 
     Returns:
         The pairs to validate on: those held out, and ``val_pairs``.
@@ -153,7 +162,8 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None):
             training_set.leave_out(found.pairs, backgrounds, f"background of {test_folder}")
     for training_set, count in zip(sets, hold_out_counts):
         if count and not training_set.clean_only:
-            chosen = hold_out(training_set.pairs, count, backgrounds)
+            large = [pair for pair in training_set.pairs if not smallest or min(pair_size(pair)) >= smallest]
+            chosen = hold_out(large, count, backgrounds)
             print(f"{training_set.folder}: holds out {len(chosen)} of its backgrounds for validation")
             held_out += [pair for pair in chosen if pair not in held_out]
     held_out += [pair for pair in val_pairs if pair not in held_out]
@@ -171,11 +181,12 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None):
 def add_data_options(group):
     """Add train.py's options of the data, but for those of new rain."""
     group.add_argument(
-        "--data_path", type=a_path(str), nargs="+", default=["datasets/train/RainTrainH"], metavar="DIR[:N]",
+        "--data_path", action=Gathered, type=a_path(str), nargs="+", default=["datasets/train/RainTrainH"],
+        metavar="DIR[:N]",
         help="folders of rainy/clean pairs; DIR:40 counts 40 times",
     )
     group.add_argument(
-        "--clean_path", type=a_path(str), nargs="+", default=[], metavar="DIR",
+        "--clean_path", action=Gathered, type=a_path(str), nargs="+", default=[], metavar="DIR",
         help="folders of the clean images, one for each --data_path, where its layout is not found from the names",
     )
     group.add_argument(
@@ -191,7 +202,7 @@ def add_data_options(group):
     group.add_argument("--stride", type=at_least(1), default=80, help="distance between patches, px")
     add_flag(group, "--skip_small", False, "leave out images that are smaller than a patch")
     group.add_argument(
-        "--exclude_test", type=a_path(str), nargs="+", default=[], metavar="DIR",
+        "--exclude_test", action=Gathered, type=a_path(str), nargs="+", default=[], metavar="DIR",
         help="leave out pairs that show a background of these test sets",
     )
     add_flag(group, "--augment", True, "mirror half of the patches")

@@ -144,6 +144,14 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+class Gathered(argparse.Action):
+    """An option that takes a list, also in parts: --data_path A --data_path B is --data_path A B."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
 def boolean(text):
     """``argparse`` type for --flag True and --flag False."""
     if text.lower() in ("true", "yes", "1"):

@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 import DerainDataset
 from conftest import contents, make_pairs, photo, save
 from DerainDataset import (
-    PackedPatches, ShuffledBatches, TrainingPatches, open_patches, packed_path, packed_size,
+    PackedPatches, ShuffledBatches, TrainingPatches, open_patches, open_sets, packed_path, packed_size,
     patch_positions, plan_cuts,
 )
 from images import read_rgb
+from pairs import find_pairs
 from rain import TrainingRain
-from training_sets import find_training_sets, separate
+from training_sets import TrainingSet, find_training_sets, separate
 from utils import InputError, RunError
 
 
@@ -334,6 +335,21 @@ def test_all_small_images_are_named(tmp_path):
     )
     assert str(caught.value) == f"smaller than --patch_size 32: {expected}; --skip_small leaves such images out"
     assert not (tmp_path / "packed").exists()
+
+
+def test_small_images_of_all_sets_are_named_at_once(tmp_path):
+    """Before any set is packed; a folder given twice is packed once."""
+    sets = []
+    for name, sizes in (("a", (48, 48)), ("b", (20, 48)), ("c", (48, 12))):
+        folder = make_pairs(make_pairs(tmp_path / name, (1,), 48, 64), (2,), *sizes)
+        sets.append(TrainingSet(folder, pairs=find_pairs(folder).pairs))
+    with pytest.raises(InputError) as caught:
+        open_sets(sets, tmp_path / "packed", 32, 20)
+    expected = f"{tmp_path / 'b/rain-2.png'} (48x20), {tmp_path / 'c/rain-2.png'} (12x48)"
+    assert str(caught.value) == f"smaller than --patch_size 32: {expected}; --skip_small leaves such images out"
+    assert not (tmp_path / "packed").exists()
+    sources = open_sets([*sets, sets[0]], tmp_path / "packed", 32, 20, skip_small=True)
+    assert [len(source.names) for source in sources] == [2, 1, 1, 2] and len(list(tmp_path.glob("packed/*.h5"))) == 3
 
 
 def test_skip_small_leaves_them_out_by_name(tmp_path, capsys):

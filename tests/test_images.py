@@ -1,6 +1,7 @@
 """Pictures of every format, depth and orientation, against Pillow and the arrays that were written."""
 import io
 import os
+import re
 import struct
 import sys
 import time
@@ -240,6 +241,43 @@ def test_more_than_8_bits_are_kept(tmp_path, kind):
     assert np.abs(image - np.rint(expected).astype(int)).max() <= (1 if kind != "avif" else 64)
 
 
+@pytest.mark.parametrize("dtype, shape, photometric, named", [
+    (np.float32, (20, 30, 3), "rgb", "float samples of 32 bits; expected 8 or 16 bits, unsigned"),
+    (np.float16, (20, 30, 3), "rgb", "float samples of 16 bits"),
+    (np.float32, (20, 30), "minisblack", "float samples of 32 bits"),
+    (np.uint32, (20, 30, 3), "rgb", "32 bits a sample; expected 8 or 16"),
+    (np.uint32, (20, 30), "minisblack", "32 bits a sample"),
+    (np.int16, (20, 30, 3), "rgb", "signed samples of 16 bits"),
+    (np.int16, (20, 30), "minisblack", "signed samples of 16 bits"),
+    (np.int8, (20, 30, 3), "rgb", "signed samples of 8 bits"), (np.int8, (20, 30), "minisblack", "signed samples of 8"),
+    (np.uint16, (20, 30, 2), "minisblack", "grey of 16 bits with alpha; expected grey, RGB or RGBA"),
+    (np.uint8, (20, 30, 3), "ycbcr", "samples in YCbCr without compression; expected RGB or grey"),
+])
+def test_sound_tiffs_of_unusual_samples_are_called_what_they_are(tmp_path, dtype, shape, photometric, named):
+    planes = {"planarconfig": "contig"} if len(shape) == 3 else {}
+    for name, big in (("a.tif", False), ("b.tif", True)):
+        tifffile.imwrite(tmp_path / name, np.ones(shape, dtype), photometric=photometric, bigtiff=big, **planes)
+        with pytest.raises(InputError, match=re.escape(f"{name}: not a readable image ({named}")):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_a_compressed_tiff_in_ycbcr_is_read(tmp_path, compression):
+    Image.fromarray(SOFT).convert("YCbCr").save(tmp_path / "a.tif", compression=compression)
+    assert np.abs(read_image(tmp_path / "a.tif").astype(int) - SOFT).max() <= 3
+
+
+def test_frames_in_one_file_are_not_cut_to_the_first(tmp_path):
+    """As raw video from a camera; a smaller preview behind a photograph is none of its frames."""
+    frame, small = as_file(FIRST, "JPEG"), as_file(FIRST.resize((8, 8)), "JPEG")
+    (tmp_path / "a.mjpeg").write_bytes(3 * frame)
+    with pytest.raises(InputError, match="JPEGs one after another, as in raw video; expected one, or a video"):
+        read_image(tmp_path / "a.mjpeg")
+    for rest in (small, b"\xff\xd8\xff", b"", frame[:2]):
+        (tmp_path / "a.jpg").write_bytes(frame + rest)
+        assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
+
+
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_avif_is_turned(tmp_path, orientation):
     """Its container says how, which Pillow hands on as EXIF."""
@@ -250,6 +288,27 @@ def test_avif_is_turned(tmp_path, orientation):
     assert np.abs(read_image(tmp_path / "a.avif").astype(int) - expected).mean() < 2
     as_it_lies = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert as_it_lies.shape[:2] == (HEIGHT, WIDTH), "OpenCV, which reads those of 10 bits, leaves the turning to us"
+
+
+@pytest.mark.parametrize("head", [
+    b"YUV4MPEG2 W16 H16", b"DKIF\0\0\x20\0AV01", b"nut/multimedia container\0", b".RMF\0\0\0\x12",
+    b"\x06\x0e\x2b\x34\x02\x05\x01\x01\x0d\x01\x02", b"\xb7\xd8\0\x20\x37\x49\xda\x11\xa6\x4e",
+    b"\x1f\x07\0\x3f\xf8\x78", b"\0\0\x01\xb3\x01\x40",
+    b"OggS\0\2" + bytes(22) + b"\x80theora", b"\0\0\0\x01\x67\x42", b"\0\0\x01\x67\x64", b"\0\0\0\x01\x40\x01\x0c",
+    b"\0\0\0\x01\x09\x10\0\0", b"\x12\0\x0a\x0b\0\0", b"\0\0\0\0\x01\xbc\0\0\0\0\0\0\0\0\xe1\xe2",
+])
+def test_raw_and_professional_videos_are_known_by_their_first_bytes(tmp_path, head):
+    (tmp_path / "a").write_bytes(head + bytes(40))
+    assert is_video(tmp_path / "a") and not is_image(tmp_path / "a")
+
+
+@pytest.mark.parametrize("head", [
+    b"OggS\0\2" + bytes(22) + b"OpusHead", b"\0\0\x01\0\x01\0\x10\x10",  # sound alone; an icon
+    b"\x12\0\x0a\0\0\0\0\0", b"\0\0\x0a\0\0\0\0\0",  # TGA with a name, without
+])
+def test_other_files_are_taken_for_no_video(tmp_path, head):
+    (tmp_path / "a").write_bytes(head + bytes(40))
+    assert not is_video(tmp_path / "a")
 
 
 def test_videos_are_known_by_their_content(tmp_path, shared):
@@ -364,7 +423,7 @@ def test_16_bits_are_rounded_to_8():
 
 def test_32_bits_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match="a.tif: not a readable image .32 bits a sample; expected 8 or 16"):
+    with pytest.raises(InputError, match="a.tif: not a readable image .float samples of 32 bits; expected 8 or 16"):
         read_image(tmp_path / "a.tif")
 
 
@@ -519,6 +578,29 @@ def test_the_profile_of_jpeg_2000_is_read(tmp_path):
     (tmp_path / "a.jp2").write_bytes(data)
     assert np.array_equal(read_image(tmp_path / "a.jp2"), SOFT)
     assert read_metadata(tmp_path / "a.jp2").profile == PROFILE
+
+
+def test_the_profile_of_bmp_and_gif_is_read(tmp_path):
+    """Of a BMP with a header of version 5, and of a GIF in its blocks; one that is cut short costs no picture."""
+    pixels = as_file(FIRST, "BMP")[54:]
+    header = struct.pack("<IiiHHIIiiII", 124, WIDTH, HEIGHT, 1, 24, 0, len(pixels), 0, 0, 0, 0) + bytes(16) + b"DEBM"
+    header += bytes(48) + struct.pack("<4I", 4, 124 + len(pixels), len(PROFILE), 0)
+    size = 14 + 124 + len(pixels)
+    bmp = b"BM" + struct.pack("<IHHI", size + len(PROFILE), 0, 0, 138) + header + pixels + PROFILE
+    gif = as_file(FIRST, "GIF")
+    start = 13 + 3 * 2 ** ((gif[10] & 7) + 1)  # behind the palette
+    parts = [PROFILE[k : k + 255] for k in range(0, len(PROFILE), 255)]
+    blocks = b"".join(bytes([len(part)]) + part for part in parts) + b"\0"
+    gif = gif[:start] + b"\x21\xff\x0bICCRGBG1012" + blocks + gif[start:]
+    for name, data in (("a.bmp", bmp), ("a.gif", gif)):
+        (tmp_path / name).write_bytes(data)
+        assert np.array_equal(read_image(tmp_path / name), read_image(tmp_path / name)[..., :3])
+        assert read_metadata(tmp_path / name).profile == PROFILE
+    (tmp_path / "cut.bmp").write_bytes(bmp[: -len(PROFILE)])
+    assert read_metadata(tmp_path / "cut.bmp").profile is None and read_image(tmp_path / "cut.bmp").shape[2] == 3
+    for name in ("plain.bmp", "plain.gif"):
+        (tmp_path / name).write_bytes(as_file(FIRST, name[6:].upper()))
+        assert read_metadata(tmp_path / name).profile is None
 
 
 @pytest.mark.parametrize("space", [b"CMYK", b"GRAY", b"Lab "])

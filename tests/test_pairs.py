@@ -1,7 +1,10 @@
 """Finding pairs by their folders and names, reading them, and telling which show the same background."""
+import errno
 import itertools
+import os
 import random
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -9,7 +12,8 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, make_pairs, photo, run_subprocess, save, with_rain
-from images import list_images, read_rgb
+from images import MARK, NoImages, list_images, read_rgb, write_image
+from metadata import Metadata
 from pairs import (
     CLEAN_FOLDERS, RAINY_FOLDERS, Backgrounds, Pair, find_pairs, hold_out, pair_size, read_pair, report_left_out,
 )
@@ -71,6 +75,38 @@ LAYOUTS = {
         ["in/im_0001_s80_a04.png", "in/im_0001_s95_a06.png", "gt/im_0001.png"],
         [("in/im_0001_s80_a04.png", "gt/im_0001.png"), ("in/im_0001_s95_a06.png", "gt/im_0001.png")],
     ),
+    "Rain200H renamed": (
+        ["rain/X2/rain-1x2.png", "rain/X2/rain-12x2.png", "norain/norain-12.png", "norain/norain-1.png"],
+        [("rain/X2/rain-1x2.png", "norain/norain-1.png"), ("rain/X2/rain-12x2.png", "norain/norain-12.png")],
+    ),
+    "Rain200H by numbers": (
+        ["rain/1x2.png", "rain/12x2.png", "norain/12.png", "norain/1.png"],
+        [("rain/1x2.png", "norain/1.png"), ("rain/12x2.png", "norain/12.png")],
+    ),
+    "RainDS": (
+        ["rain/rd-1.png", "rain/rd-rain-1.png", "rain/rd-2.png", "gt/norain-1.png", "gt/norain-2.png"],
+        [("rain/rd-1.png", "gt/norain-1.png"), ("rain/rd-2.png", "gt/norain-2.png"),
+         ("rain/rd-rain-1.png", "gt/norain-1.png")],
+    ),
+    "RainDS of drawn rain": (
+        ["rain/pie-rd-1.png", "rain/pie-rain-1.png", "gt/pie-norain-1.png"],
+        [("rain/pie-rain-1.png", "gt/pie-norain-1.png"), ("rain/pie-rd-1.png", "gt/pie-norain-1.png")],
+    ),
+    "RainCityscapes": (
+        [*(f"rain/a_0001_leftImg8bit_rain_alpha_0.0{k}_beta_0.005_pattern_{k}.png" for k in (1, 2)),
+         "gt/a_0001_leftImg8bit.png"],
+        [(f"rain/a_0001_leftImg8bit_rain_alpha_0.0{k}_beta_0.005_pattern_{k}.png", "gt/a_0001_leftImg8bit.png")
+         for k in (1, 2)],
+    ),
+    "GT-Rain": (
+        ["Street_0-0-Webcam-R-001.png", "Street_0-0-Webcam-R-002.png", "Street_0-0-Webcam-C-000.png"],
+        [("Street_0-0-Webcam-R-001.png", "Street_0-0-Webcam-C-000.png"),
+         ("Street_0-0-Webcam-R-002.png", "Street_0-0-Webcam-C-000.png")],
+    ),
+    "1_rain and 1_norain": (["1_rain.png", "1_norain.png"], [("1_rain.png", "1_norain.png")]),
+    "rain-1 and clean-1": (["rain-1.png", "clean-1.png"], [("rain-1.png", "clean-1.png")]),
+    "lq and hq": (["lq/1.png", "hq/1.png"], [("lq/1.png", "hq/1.png")]),
+    "rainy_images": (["rainy_images/1.png", "clean_images/1.png"], [("rainy_images/1.png", "clean_images/1.png")]),
     "numbers padded differently": (
         ["rain-1.png", "rain-20.png", "norain-001.png", "norain-020.png"],
         [("rain-1.png", "norain-001.png"), ("rain-20.png", "norain-020.png")],
@@ -141,7 +177,9 @@ def test_any_rainy_folder_goes_with_any_clean_one_in_any_case(tmp_path):
     kinds = [  # rainy, clean
         ("rain-{}", "norain-{}"), ("rain{}", "norain{}"), ("rain_{}", "no_rain_{}"), ("{}", "{}"), ("{}_3", "{}"),
         ("norain-{}x2", "norain-{}"), ("{}", "{}gt"), ("{}", "{}_GT"), ("{}_in", "{}_GT"), ("{}_rain", "{}_clean"),
-        ("{}_s80_a04", "{}"),
+        ("{}_s80_a04", "{}"), ("{}_rain", "{}_norain"), ("rain-{}", "clean-{}"), ("rain-{}x2", "norain-{}"),
+        ("{}x2", "{}"), ("rd-{}", "norain-{}"), ("pie-rd-rain-{}", "pie-norain-{}"),
+        ("{}_leftImg8bit_rain_alpha_1", "{}_leftImg8bit"), ("{}-R-001", "{}-C-000"),
     ]
     draw = random.Random(0)
     places = [(rainy, clean) for rainy, clean in itertools.product(RAINY_FOLDERS, CLEAN_FOLDERS) if rainy != clean]
@@ -296,22 +334,153 @@ def test_a_folder_of_several_sets_gets_their_names(shared, tmp_path, required):
         find_pairs(tmp_path, "--val_path", required=required)
 
 
-@pytest.mark.parametrize("files, given, clean", [
-    (["input/street.png", "gt/road.png"], ".", "gt"),
-    (["photos/a.png", "GroundTruth/b.png"], "photos", "GroundTruth"),
-    (["a.png", "Clean/b.png"], ".", "Clean"),
+@pytest.mark.parametrize("files, given, clean, fits", [
+    (["photos/a.png", "GroundTruth/a.png"], "photos", "GroundTruth", True),
+    (["photos/rd-1.png", "photos/rd-2.png", "gt/norain-1.png"], "photos", "gt", True),
+    (["photos/a.png", "clean/b.png", "gt/a.png"], "photos", "gt", True),
+    (["photos/a.png", "GroundTruth/b.png"], "photos", "GroundTruth", False),
+    (["a.png", "Clean/b.png"], ".", "Clean", False),
 ])
-def test_clean_images_beside_are_hinted_at(tmp_path, capsys, monkeypatch, files, given, clean):
-    touch(tmp_path, files)
-    hint = re.escape(f"--clean_path {tmp_path / clean}")
-    if given != "." or "/" not in files[0]:
-        assert names(find_pairs(tmp_path / given, required=False).alone) == [files[0].rpartition("/")[2]]
-        assert re.search(hint, capsys.readouterr().out)
-    with pytest.raises(InputError, match=hint):
-        find_pairs(tmp_path / given, ways_out=("--clean_path",))
+def test_clean_images_beside_are_hinted_at_where_they_fit(tmp_path, capsys, files, given, clean, fits):
+    """What is advised works; else both are named, so that one sees why they do not go together."""
+    given, clean = touch(tmp_path, files) / given, tmp_path / clean
+    find_pairs(given, required=False)
+    told = capsys.readouterr().out
     with pytest.raises(InputError) as caught:
-        find_pairs(tmp_path / given)
+        find_pairs(given, ways_out=("--clean_path",))
+    for text in (told, str(caught.value)):
+        assert (f"--clean_path {clean}" in text) == fits and "\n" not in text.strip()
+        assert fits or f"{list_images(clean)[0]} and {list_images(given)[0].name} do not go together" in text
+    with pytest.raises(InputError) as caught:
+        find_pairs(given)
     assert "--clean_path" not in str(caught.value), "an option that not all scripts have"
+    if fits:
+        assert find_pairs(given, clean_folder=clean).pairs
+    else:
+        with pytest.raises(InputError, match="no image goes by its name .*b.png, a.png"):
+            find_pairs(given, clean_folder=clean)
+
+
+@pytest.mark.parametrize("files, named", [
+    (["A/1.png", "B/1.png"], "A and B"),
+    (["a/1.png", "b/1.png", "c/1.png", "d/1.png", "e/1.png"], "a, b, c and others"),
+    (["input/01/1.png", "input/02/1.png"], "input/01 and input/02"), (["x/y/wet/1.png"], "x/y/wet"),
+])
+def test_folders_below_that_hold_pictures_are_named(tmp_path, files, named):
+    touch(tmp_path, [*files, ".hidden/1.png", "notes/a.txt"])
+    with pytest.raises(InputError, match=f"no rainy/clean pairs in this folder, but pictures in {named}; .*clean_path"):
+        find_pairs(tmp_path, ways_out=("--clean_path",))
+    with pytest.raises(NoImages):
+        find_pairs(tmp_path, required=False)
+
+
+@pytest.fixture
+def lock(monkeypatch):
+    """lock(folder): it may not be read from now on. Without patching, a test that root runs could read it."""
+
+    def lock_folder(folder):
+        for name in ("listdir", "scandir"):
+            def look(path=".", really=getattr(os, name)):
+                if os.path.realpath(path) == os.path.realpath(folder):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return really(path)
+
+            monkeypatch.setattr(os, name, look)
+
+    return lock_folder
+
+
+@pytest.mark.parametrize("locked", ["set/clean", "set"])
+def test_a_folder_that_may_not_be_read_costs_nothing_else(tmp_path, capsys, lock, locked):
+    """Beside the rainy images or around them; it is told of once."""
+    touch(tmp_path, ["set/input/1.png", "set/clean/1.png"])
+    lock(tmp_path / locked)
+    assert len(find_pairs(tmp_path / "set/input", required=False).alone) == 1
+    assert capsys.readouterr().out.count(f"{tmp_path / locked}: could not be read (Permission denied)\n") == 1
+
+
+def test_a_folder_below_that_may_not_be_read_costs_nothing_else(tmp_path, capsys, lock):
+    """Such as lost+found, where there are videos, or a set that is not complete."""
+    touch(tmp_path, ["clip.mp4", "lost+found/2.png"])
+    lock(tmp_path / "lost+found")
+    for required in (False, True):
+        with pytest.raises(InputError, match="no images in this folder|no rainy/clean pairs; expected for example"):
+            find_pairs(tmp_path, required=required)
+    assert capsys.readouterr().out.count("lost+found: could not be read (Permission denied)\n") == 1
+
+
+# This program's own results
+
+
+def derained(path, image):
+    """Write a picture as test.py writes its results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, image, Metadata(software=f"{MARK} 01234567"))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("rainy, clean, result", [
+    ("input/{}.png", "target/{}.png", "{}"),  # "." comes before "input"
+    ("rain-{}.png", "norain-{}.png", "rain-{}_x"), ("rain-{}.bmp", "norain-{}.bmp", "rain-{}"),
+    ("input/{}.bmp", "target/{}.bmp", "input/{}"), ("in/{}.png", "gt/{}.png", "rain/{}"),
+])
+def test_results_are_no_rainy_images(tmp_path, capsys, rainy, clean, result, suffix):
+    """Wherever they lie, in all scripts."""
+    for number in (1, 2):
+        save(tmp_path / rainy.format(number), photo(number))
+        save(tmp_path / clean.format(number), photo(number))
+    before = find_pairs(tmp_path)
+    results = [derained(tmp_path / f"{result.format(number)}.{suffix}", photo(number)) for number in (1, 2)]
+    found = find_pairs(tmp_path)
+    assert found.pairs == before.pairs and found.alone == [] and capsys.readouterr().err == ""
+    if "_x" not in result:
+        told = ", ".join(str(path.relative_to(tmp_path)) for path in results)
+        find_pairs(tmp_path)
+        assert found.unused == [] and f"left out 2 (results of an earlier run): {told}\n" in capsys.readouterr().out
+
+
+def test_results_that_the_caller_knows_are_not_told_of(tmp_path, capsys, monkeypatch):
+    save(tmp_path / "input/1.png", photo(1))
+    save(tmp_path / "target/1.png", photo(1))
+    known = {os.path.realpath(derained(tmp_path / "1.png", photo(1)))}
+    assert relative(find_pairs(tmp_path, known=known).pairs, tmp_path) == [("input/1.png", "target/1.png")]
+    known = {os.path.realpath(derained(tmp_path / "input/2.png", photo(1)))}
+    (tmp_path / "1.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    found = find_pairs("input", known=known)
+    assert len(found.pairs) == 1 and found.alone == found.unused == []
+    assert capsys.readouterr().out == ""
+
+
+def test_results_are_no_clean_images_to_train_on(run, refused, tmp_path):
+    """Unless --clean_path names their folder; and others that are there are found."""
+    for number in (1, 2):
+        save(tmp_path / f"set/input/{number}.png", photo(number))
+        derained(tmp_path / f"set/clean/{number}.png", photo(number))
+        save(tmp_path / f"set/hq/{number}.png", photo(number))
+    told = "the pictures in clean are results of an earlier run and no clean images"
+    result = run("pairs", "--check", tmp_path / "set", tmp_path / "set")
+    assert result.status == 0 and told in result.out and "2 of 2 pairs" in result.out
+    assert relative(find_pairs(tmp_path / "set").pairs, tmp_path / "set")[0] == ("input/1.png", "hq/1.png")
+    shutil.rmtree(tmp_path / "set/hq")
+    refused("pairs", "--check", tmp_path / "set", tmp_path / "set", names=["--check", "results of an earlier run"])
+    way_out = f"--clean_path {tmp_path / 'set/clean'}"
+    refused("train", "--data_path", tmp_path / "set", names=["results of an earlier run; expected others", way_out])
+    found = find_pairs(tmp_path / "set/input", clean_folder=tmp_path / "set/clean")
+    assert len(found.pairs) == 2
+
+
+def test_a_folder_of_results_is_taken_where_it_is_named(tmp_path):
+    """To derain what was derained, and to measure that."""
+    for number in (1, 2):
+        derained(tmp_path / f"once/{number}.png", photo(number))
+        save(tmp_path / f"dry/{number}.png", photo(number))
+    assert len(find_pairs(tmp_path / "once", required=False).alone) == 2
+    assert len(find_pairs(tmp_path / "once", clean_folder=tmp_path / "dry").pairs) == 2
+
+
+# Options of the scripts
 
 
 def test_no_option_is_advised_that_the_script_does_not_have(refused, tmp_path):

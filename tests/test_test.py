@@ -789,9 +789,31 @@ def test_results_beside_pairs_and_videos_are_no_inputs(test_run, shared, few):
     for _ in range(2):
         _, result = test_run(few, "--output_path", few, "--suffix", "_x", "--recurrent_iter", 1)
         assert "average of 3 " in result.out
-        derained = {name for name in contents(few) if "rain-" not in name} - {"metrics.csv", "clip.ts", "clip.csv"}
-        assert len(derained) == 1 and len(list(few.glob("rain-*_x.png"))) == len(list(few.glob("*_x.png"))) == 3
-    assert "(results of an earlier run): clip.mp4, rain-1_x.png, rain-2_x.png, rain-3_x.png" in result.out
+        derained = {name for name in contents(few) if "rain-" not in name} - {"metrics.csv", "clip.ts"}
+        assert derained == {"clip_x.mp4", "clip_x.csv"}
+        assert len(list(few.glob("rain-*_x.png"))) == len(list(few.glob("*_x.png"))) == 3
+    assert "(results of an earlier run): clip_x.mp4, rain-1_x.png, rain-2_x.png, rain-3_x.png" in result.out
+
+
+@pytest.mark.parametrize("layout, form", [
+    (("set/input/{}.png", "set/target/{}.png"), "png"), (("set/rain-{}.png", "set/norain-{}.png"), "jpg"),
+])
+def test_a_set_may_hold_its_results(test_run, tmp_path, layout, form):
+    """They are no rainy images later, in another run nor in one that goes on."""
+    rainy, clean = layout
+    for number in (1, 2):
+        save(tmp_path / rainy.format(number), with_rain(photo(number, 16, 16), number))
+        save(tmp_path / clean.format(number), photo(number, 16, 16))
+    folder, options = tmp_path / "set", ("--format", form)
+    _, first = test_run(folder, "--output_path", folder, *options)
+    results = sorted(path.name for path in folder.glob(f"*[12].{form}") if read_metadata(path).software)
+    figures = [row["psnr_y"] for row in read_csv(folder / "metrics.csv")]
+    assert len(results) == 2 and all(figures)
+    for output, more in ((tmp_path / "other", ()), (folder, ("--overwrite", "False")), (folder, ())):
+        _, result = test_run(folder, "--output_path", output, *options, *more)
+        assert f"left out 2 (results of an earlier run): {', '.join(results)}\n" in result.out
+        assert result.out.count("left out") == 1 and ("was there" in result.out) == bool(more)
+        assert [row["psnr_y"] for row in read_csv(output / "metrics.csv")] == figures
 
 
 # Formats, names and what a file says beside its pixels
@@ -1017,6 +1039,40 @@ def test_a_folder_and_a_file_in_it(test_run, few, tmp_path, first):
     assert "7 images in" in result.out
 
 
+@pytest.mark.parametrize("form", ["set {}", "{} set", "set {} other"])
+def test_a_picture_named_beside_its_set_is_derained(test_run, few, tmp_path, form, monkeypatch):
+    """It belongs to no pair, so the set alone leaves it out."""
+    monkeypatch.chdir(few.rename(tmp_path / "set").parent)
+    for name in ("set/holiday.jpg", "set/beach.jpg", "other/a.png"):
+        save(tmp_path / name, photo(1, 12, 12))
+    words = form.format("set/holiday.jpg").split()
+    output, result = test_run(words)
+    other = "other" in words
+    assert f"{4 + other} images in" in result.out and "not processed" not in result.out
+    assert {"set/holiday.png", "set/rain-1.png"} <= set(contents(output))
+    assert "left out 1 (no pair by their names): beach.jpg\n" in result.out
+    _, result = test_run(["set", *sorted(map(str, (tmp_path / "set").glob("*.jpg")))])
+    assert "5 images in" in result.out and "left out" not in result.out
+
+
+@pytest.mark.parametrize("words", ["h h/input h/target", "h/target h/input", "h/target h h/notes.txt"])
+def test_a_glob_of_a_sets_folders_takes_no_clean_image(test_run, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        save(tmp_path / f"h/input/{number}.png", with_rain(photo(number, 12, 12)))
+        save(tmp_path / f"h/target/{number}.png", photo(number, 12, 12))
+    (tmp_path / "h/notes.txt").write_text("about")
+    _, result = test_run(words.split())
+    assert "average of 2 " in result.out and len(lines_with_metrics(result)) == 3 and "2 images in" in result.out
+    assert result.out.count("left out 2 (clean images of others)") == 1 and "derained but not" not in result.out
+    assert result.out.count("not processed") == ("notes" in words or words.startswith("h "))
+
+
+def test_an_option_given_twice_takes_both(test_run, few):
+    output, result = test_run(few / "rain-1.png", "--test_data_path", few / "rain-2.png")
+    assert {"rain-1.png", "rain-2.png"} <= set(contents(output))
+
+
 def test_a_path_that_is_missing_among_several_is_named(refused, checkpoint, few, tmp_path):
     refused(
         "test", "--save_path", checkpoint, "--test_data_path", few, tmp_path / "none.jpg", "--output_path",
@@ -1096,6 +1152,58 @@ def test_a_folder_of_videos_alone_and_one_of_neither(test_run, refused, shared, 
             "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in", *flags,
             names=["--test_data_path", tmp_path / "in", "neither images nor videos"],
         )
+
+
+def test_folders_below_with_pictures_are_named(refused, checkpoint, tmp_path):
+    for name in ("A/1.png", "B/1.png"):
+        save(tmp_path / "in" / name, photo(1, 12, 12))
+    refused(
+        "test", "--save_path", checkpoint, "--test_data_path", tmp_path / "in",
+        names=["neither images nor videos in this folder, but pictures in A and B;", "--clean_path", "--recursive"],
+    )
+
+
+def small_video(path, frames=2):
+    """Write a raw video, which is known by its first bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame = b"FRAME\n" + bytes(range(256)) + bytes([128]) * 128
+    path.write_bytes(b"YUV4MPEG2 W16 H16 F25:1 Ip A1:1 C420jpeg\n" + frames * frame)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.y4m", "a.dat", "a"])
+def test_a_raw_video_is_taken_beside_others(test_run, refused, checkpoint, tmp_path, name):
+    """As it is taken alone."""
+    path = small_video(tmp_path / "in" / name)
+    save(tmp_path / "in/b.png", photo(1, 12, 12))
+    for words in (path, [path, tmp_path / "in/b.png"], tmp_path / "in"):
+        output, result = test_run(words, "--output_path", tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+        assert "2 frames" in result.out and "not processed" not in result.out
+
+
+def test_the_suffix_is_of_videos_too(test_run, refused, checkpoint, tmp_path):
+    """So it is a way out where a table is in the way, as the error says."""
+    clip = small_video(tmp_path / "in/clip.y4m")
+    (tmp_path / "in/clip.csv").write_text("mine")
+    base = ("--save_path", checkpoint, "--test_data_path", clip, "--output_path", tmp_path / "in")
+    refused("test", *base, names=["clip.csv would be overwritten", "or a --suffix for the names"])
+    for _ in range(2):
+        test_run(tmp_path / "in", "--output_path", tmp_path / "in", "--suffix", "_x")
+        made = {path.stem for path in (tmp_path / "in").iterdir() if path.suffix in (".csv", ".mp4", ".mkv")}
+        assert made == {"clip", "clip_x"} and (tmp_path / "in/clip.csv").read_text() == "mine"
+
+
+def test_options_of_pictures_are_refused_for_a_video_alone(refused, checkpoint, tmp_path):
+    clip = small_video(tmp_path / "clip.y4m")
+    for option in (("--format", "jpg"), ("--quality", 90)):
+        arguments = ("--save_path", checkpoint, "--test_data_path", clip, *option)
+        refused("test", *arguments, names=[option[0], f"{clip} is a video"])
+
+
+def test_metadata_false_reaches_videos(tmp_path):
+    for flags, expected in (([], True), (["--metadata", "False"], False)):
+        args = test_script.parse_args(["--test_data_path", str(small_video(tmp_path / "a.y4m")), *flags])
+        assert test_script.video_options(args).metadata is expected
 
 
 def test_stray_files_of_a_data_set_are_named(test_run, few, tmp_path):
@@ -1181,6 +1289,14 @@ def test_the_only_picture_that_fails_has_its_reason_as_the_error(test_run, tmp_p
     (tmp_path / "a.png").write_bytes(b"")
     _, result = test_run(tmp_path / "a.png", status=1)
     assert result.err.startswith(f"test.py: error: {tmp_path / 'a.png'}: not a readable image")
+
+
+def test_a_picture_that_fails_beside_a_video_has_its_reason_said(test_run, tmp_path):
+    small_video(tmp_path / "in/clip.y4m")
+    (tmp_path / "in/bad.jpg").write_bytes(b"")
+    _, result = test_run(tmp_path / "in", status=1)
+    assert f"error: {tmp_path / 'in/bad.jpg'}: not a readable image" in result.out
+    assert result.err == "test.py: error: 1 of 2 files failed: bad.jpg\n"
 
 
 def test_a_full_disk_ends_the_run(test_run, small_disk, tmp_path):

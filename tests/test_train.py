@@ -34,14 +34,15 @@ TIMES = ("seconds", "patches_per_second", "waiting")  # what differs between two
 
 
 def options(folder, save_path, *extra, **changes):
-    """The arguments of a run of seconds; ``changes`` override."""
+    """The arguments of a run of seconds; ``changes`` override, with a tuple where an option takes a list."""
     chosen = {
         "data_path": folder, "packed_dir": save_path.parent / "packed", "save_path": save_path, "patch_size": 32,
         "stride": 20, "recurrent_iter": 2, "batch_size": 4, "epochs": 3, "milestone": 2, "num_workers": 0,
         "device": "cpu", "amp": False, "compile": False, "log_interval": 1,
         "use_contrast": False, "use_lpips": False, "use_seg_stage1": False, **changes,
     }
-    return [part for name, value in chosen.items() for part in (f"--{name}", str(value))] + [*map(str, extra)]
+    words = [(f"--{name}", *(value if isinstance(value, tuple) else (value,))) for name, value in chosen.items()]
+    return [str(word) for part in (*words, extra) for word in part]
 
 
 def tiny(folder, save_path, *extra, **changes):
@@ -72,12 +73,6 @@ def test_want_of_memory_is_told_in_a_sentence_and_the_run_goes_on(train_run, mon
         _, result = train_run(status=1, max_steps=2)
     assert "not enough memory (" in result.err and "a smaller --batch_size" in result.err
     train_run("run", "--resume", max_steps=2, batch_size=1)
-
-
-def test_a_step_that_is_past_is_refused_as_where_to_stop(train_run):
-    train_run(stop_after=2)
-    _, result = train_run("run", "--resume", status=2, stop_after=2)
-    assert "--stop_after 2: the run is at step 2 already" in result.err
 
 
 def test_the_last_epoch_is_counted_from_where_the_run_is():
@@ -582,8 +577,8 @@ def test_backgrounds_of_val_path_leave_the_training(train_run, tmp_path):
     val = make_pairs(tmp_path / "val", (2, 4))
     for number in (2, 5):
         save(tmp_path / f"photographs/{number}.jpg", photo(number))
-    folders = "--data_path", tmp_path / "pairs", tmp_path / "photographs"
-    _, result = train_run("run", *folders, "--rain_synth", "heavy", 0.5, val_path=val, max_steps=1)
+    folders = tmp_path / "pairs", tmp_path / "photographs"
+    _, result = train_run("run", "--rain_synth", "heavy", 0.5, data_path=folders, val_path=val, max_steps=1)
     names = sorted(name for path in tmp_path.glob("packed/*.h5") for name in PackedPatches(path).names)
     assert names == ["5.jpg", "rain-1.png", "rain-3.png"]
     left_out = [line for line in result.out.splitlines() if "left out" in line]
@@ -599,13 +594,13 @@ def test_a_training_set_of_which_nothing_is_left_is_refused(refused, pairs_dir, 
 
 def test_pairs_are_held_out_by_folder(run, pairs_dir, tmp_path):
     folders = pairs_dir, make_pairs(tmp_path / "others", (5, 6, 7)), f"{pairs_dir}:2"
-    arguments = *tiny(pairs_dir, tmp_path / "run", max_steps=1), "--data_path", *folders
+    arguments = tiny(folders, tmp_path / "run", max_steps=1)
     result = run("train", *arguments, "--val_pairs", 0, 2, 0)
     assert result.status == 0 and "60 patches" in result.out and "2 validation pairs" in result.out, result
 
 
 def test_a_folder_given_twice_holds_out_the_same_pairs(run, pairs_dir, tmp_path):
-    arguments = *tiny(pairs_dir, tmp_path / "run", max_steps=1), "--data_path", pairs_dir, pairs_dir
+    arguments = tiny((pairs_dir, pairs_dir), tmp_path / "run", max_steps=1)
     result = run("train", *arguments, "--val_pairs", 1)
     assert result.status == 0 and "24 patches" in result.out and "1 validation pair" in result.out, result
 
@@ -854,8 +849,8 @@ def test_resume_on_other_data_says_what_changed(train_run, refused, pairs_dir, t
         act(pairs_dir, val)
     flags = {"val_path": val, **flags}
     data_path = flags.pop("data_path", "{data}").format(data=pairs_dir, val=make_pairs(tmp_path / "more", (5,)))
-    arguments = tiny(pairs_dir, folder, "--resume", **flags)
-    message = refused("train", *arguments, "--data_path", *data_path.split(), names=[f"--resume {folder}", expected])
+    arguments = tiny(tuple(data_path.split()), folder, "--resume", **flags)
+    message = refused("train", *arguments, names=[f"--resume {folder}", expected])
     assert "--init_weights" in message
     assert contents(folder) == before
 

@@ -1,13 +1,17 @@
 """What is trained on shares no background with what is validated and tested on."""
 import itertools
+import re
 
 import numpy as np
 import pytest
 
 from conftest import make_pairs, photo, save, with_rain
 from DerainDataset import open_patches
+from images import MARK, write_image
+from metadata import Metadata
 from pairs import Backgrounds, find_pairs
 from test_data import write_prenet
+from train import parse_args
 from training_sets import (
     counted_folder, find_training_sets, find_validation_pairs, separate, summarise_validation,
 )
@@ -23,6 +27,15 @@ def stems(pairs):
 
 
 # The folders
+
+
+def test_lists_may_be_given_in_parts():
+    """As an option that is repeated; a default is replaced."""
+    for _ in range(2):  # the default of the next parser must not have grown
+        args = parse_args("--data_path a --data_path b c --clean_path x y --clean_path z --exclude_test t".split())
+        assert (args.data_path, args.clean_path, args.exclude_test) == (["a", "b", "c"], ["x", "y", "z"], ["t"])
+        assert args.val_pairs == [0]
+        assert parse_args([]).data_path == ["datasets/train/RainTrainH"] and parse_args([]).clean_path == []
 
 
 def test_a_folder_may_count_several_times(tmp_path, monkeypatch):
@@ -54,6 +67,17 @@ def test_each_folder_becomes_a_set(pairs_dir, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{pairs_dir}: left out 2 (no pair by their names): rain-2.png, cat.png"
     assert "1 image without pairs, taken as clean photographs" in lines[1] and "train_input.h5" in lines[2]
+
+
+def test_rainy_images_whose_clean_ones_are_results_are_no_photographs(tmp_path):
+    for number in (1, 2):
+        save(tmp_path / f"input/{number}.png", with_rain(photo(number)))
+        (tmp_path / "clean").mkdir(exist_ok=True)
+        write_image(tmp_path / f"clean/{number}.png", photo(number), Metadata(software=MARK))
+    for folder in (tmp_path, tmp_path / "input"):
+        with pytest.raises(InputError, match="results of an earlier run; expected others, or --clean_path"):
+            find(folder, photographs=True)
+    assert len(find_training_sets([str(tmp_path / "input")], [str(tmp_path / "clean")])[0].pairs) == 2
 
 
 def test_photographs_alone_need_rain(tmp_path):
@@ -253,8 +277,17 @@ def test_validation_images_must_hold_the_window_of_ssim(tmp_path, height, width,
     if fits:
         assert summarise_validation(pairs)["pairs"] == 2
     else:
-        with pytest.raises(InputError, match="rain-1.png: expected validation images of 11 px or more"):
+        size = re.escape(f" ({width}x{height})")
+        named = f"rain-1.png{size}, .*rain-2.png{size}: expected validation images of 11 px or more"
+        with pytest.raises(InputError, match=named):
             summarise_validation(pairs)
+
+
+def test_what_skip_small_leaves_out_is_not_held_out(tmp_path):
+    """The first and the third would be too small to validate on, or to compare with the patches."""
+    folder = make_pairs(make_pairs(tmp_path, (1, 3), 10, 64), (2, 4, 5), 48, 64)
+    for smallest, chosen in ((0, ["rain-1", "rain-3"]), (16, ["rain-2", "rain-4"])):
+        assert stems(separate(find(folder), [2], [], [], smallest=smallest)) == chosen
 
 
 def test_validation_pairs_that_are_left_out_are_named(pairs_dir, capsys):
