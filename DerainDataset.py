@@ -2,7 +2,8 @@
 
     python -c "from DerainDataset import patch_positions; print(patch_positions(481, patch_size=100, stride=80))"
 
-train.py packs by itself. Where the pairs come from, and which of them may be trained on, is in ``pairs.py``.
+train.py packs by itself. Where the pairs come from is in ``layouts.py``, and which of them may be trained on in
+``training_sets.py``.
 """
 import hashlib
 import io
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from pairs import pair_size, read_pair, report_left_out
+from layouts import report_left_out
+from pairs import pair_size, read_pair
 from training_sets import PRENET_FILES, TrainingSet
 from utils import InputError, ahead, atomic_write, cores, counted, locked, progress, remove_leftovers, reserve
 

@@ -23,9 +23,10 @@ import torch
 
 from checkpoints import load_network
 from inference import StripRunner, derain_array, to_image, to_tensor
+from layouts import find_pairs
 from losses import LPIPSLoss, PerceptualContrastiveLoss
 from metrics import measure
-from pairs import find_pairs, hold_out, read_pair
+from pairs import hold_out, read_pair
 from training_sets import PRENET_FILES, counted_folder
 from utils import (
     Gathered, InputError, RunError, a_path, add_flag, at_least, begins_with, check_file, check_folder, counted,

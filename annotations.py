@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pairs import pair_size, result_stems
+from layouts import result_stems
+from pairs import pair_size
 from utils import InputError, natural_key, printable
 
 CLASS_FILE = "classes.txt"  # of YOLO: a name a line

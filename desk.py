@@ -18,9 +18,9 @@ from typing import NamedTuple
 from checkpoints import BUNDLED, find_checkpoint, load_network
 from devices import HALF_PRECISIONS, PeakMemory, pick_device
 from images import image_size, read_image, read_metadata, read_rgb
+from layouts import Pair
 from metrics import measure
 from outputs import METRICS, model_name
-from pairs import Pair
 from pictures import Saving, derain, faults_of, process, save
 from test import describe_change, fill_in_defaults, load_runner, parse_args, plan_jobs, video_options
 from utils import InputError, counted

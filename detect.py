@@ -22,9 +22,10 @@ from comparison import class_colours, draw_boxes, draw_labels, tile_row
 from detectors import COCO, DETECTORS, FITS, SEGMENTERS, load_detector, load_segmenter
 from devices import pick_device
 from images import MARK, read_rgb, write_image
+from layouts import Pair, find_pairs, match_results, report_left_out
 from metadata import Metadata
 from outputs import check_outputs, name_outputs, without_overviews
-from pairs import Pair, find_pairs, match_results, read_pair, report_left_out
+from pairs import read_pair
 from utils import (
     Gathered, InputError, RunError, a_path, add_flag, at_least, check_folder, counted, printable, progress, run_script,
     write_csv,

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from images import NoImages, is_image, is_shadow, is_video
-from outputs import is_result, without_overviews
-from pairs import (
+from layouts import (
     CLEAN_FOLDERS, Pair, best_match, candidate_folders, find_pairs, match_results, pictures_below, plain_name,
     report_left_out, tell_of_unread,
 )
+from outputs import is_result, without_overviews
 from utils import InputError, natural_key, printable
 from video_input import is_pattern
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from checkpoints import BUNDLED
 from images import WRITTEN, content_of, is_marked
+from layouts import Pair
 from metrics import METRICS
-from pairs import Pair
 from utils import InputError, counted, printable
 from video_input import clip_name, is_pattern
 from video_output import SUFFIXES, read_mark

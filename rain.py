@@ -20,7 +20,8 @@ import numpy as np
 import skimage.data
 
 from images import find_images, read_rgb, write_image
-from pairs import find_pairs, pairs_directly_in, read_pair, report_left_out
+from layouts import find_pairs, pairs_directly_in, report_left_out
+from pairs import read_pair
 from utils import InputError, RunError, a_path, at_least, check_folder, counted, progress, run_script
 
 

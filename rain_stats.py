@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.feature import structure_tensor
 
 from images import MARK, is_marked, write_image
+from layouts import find_pairs, report_left_out
 from metadata import Metadata
 from metrics import measure
-from pairs import find_pairs, read_clean, report_left_out
+from pairs import read_clean
 from rain import EXACT, add_rain, extract_streaks, read_streaks, sample_photograph, streak_layer
 from utils import (
     Gathered, InputError, a_path, at_least, begins_with, check_file, progress, run_script, write_text,

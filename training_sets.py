@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pairs import Backgrounds, Pair, find_pairs, hold_out, pair_size, read_pair, report_left_out
+from layouts import Pair, find_pairs, report_left_out
+from pairs import Backgrounds, hold_out, pair_size, read_pair
 from utils import Gathered, InputError, a_path, add_flag, at_least, counted
 
 PRENET_FILES = ("train_input.h5", "train_target.h5")  # the patches that PReNet's code packs
@@ -72,10 +73,10 @@ def find_training_sets(
     Args:
         data_paths: "FOLDER" or "FOLDER:COUNT" each.
         clean_paths: a folder of clean images for each of them, or none at all.
-        rainy_half: as for ``pairs.find_pairs``.
+        rainy_half: as for ``layouts.find_pairs``.
         photographs: take a folder without pairs as clean photographs to put rain on.
         prenet: take PReNet's packed patches where a folder has them.
-        ways_out: as for ``pairs.find_pairs``.
+        ways_out: as for ``layouts.find_pairs``.
 
     Raises:
         InputError: a folder is missing, or there is nothing to train on in it.
@@ -137,7 +138,7 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None, sm
         hold_out_counts: how many backgrounds of each set to hold out for validation.
         val_pairs: further pairs to validate on.
         exclude_test: folders of test sets.
-        rainy_half: of these, as for ``pairs.find_pairs``.
+        rainy_half: of these, as for ``layouts.find_pairs``.
         smallest: shorter side in px from which on an image may be held out; --skip_small leaves smaller ones out.
 
     Returns:

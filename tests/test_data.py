@@ -24,7 +24,7 @@ from DerainDataset import (
     patch_positions, plan_cuts,
 )
 from images import read_rgb
-from pairs import find_pairs
+from layouts import find_pairs
 from rain import TrainingRain
 from training_sets import TrainingSet, find_training_sets, separate
 from utils import InputError, RunError

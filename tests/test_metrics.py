@@ -9,9 +9,9 @@ from checkpoints import load_network
 from conftest import SHARED, THOROUGH, photo
 from images import read_rgb
 from inference import StripRunner
+from layouts import find_pairs
 from metrics import measure
 from outputs import Job, average
-from pairs import find_pairs
 from pictures import process
 
 COMBINATIONS = (

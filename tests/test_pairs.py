@@ -13,10 +13,9 @@ from PIL import Image
 
 from conftest import ROOT, make_pairs, photo, run_subprocess, save, with_rain
 from images import MARK, NoImages, list_images, read_rgb, write_image
+from layouts import CLEAN_FOLDERS, RAINY_FOLDERS, Pair, find_pairs, report_left_out
 from metadata import Metadata
-from pairs import (
-    CLEAN_FOLDERS, RAINY_FOLDERS, Backgrounds, Pair, find_pairs, hold_out, pair_size, read_pair, report_left_out,
-)
+from pairs import Backgrounds, hold_out, pair_size, read_pair
 from utils import InputError
 
 # Layouts: the folders of public sets as files, and the pairs that must come out, in this order.

@@ -7,7 +7,8 @@ import pytest
 import rain_stats
 from conftest import ROOT, contents, photo, save, with_rain
 from images import is_marked, read_rgb
-from pairs import find_pairs, read_pair
+from layouts import find_pairs
+from pairs import read_pair
 from rain import (
     EXACT, PRESETS, TrainingRain, add_rain, draw_pass, draw_rain, extract_streaks, fit_streaks, follows_model,
     streak_layer, vary_streaks,

@@ -17,11 +17,11 @@ import test as test_script
 from checkpoints import BUNDLED, PUBLISHED_FOLDER, load_network, save_checkpoint
 from conftest import contents, make_pairs, photo, run_subprocess, save, with_rain
 from images import MARK, content_of, image_size, read_image, read_metadata, write_image
+from layouts import find_pairs
 from metadata import Metadata
 from metrics import measure
 from networks import SAPNet
 from outputs import METRICS
-from pairs import find_pairs
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from DerainDataset import PackedPatches, ShuffledBatches, TrainingPatches
 from devices import choose_speed, fast_bfloat16
 from images import read_rgb
 from inference import to_image, to_tensor
+from layouts import find_pairs
 from metrics import measure
 from networks import SAPNet
-from pairs import find_pairs
 from run_folder import Position
 from SSIM import ssim
 from train import last_epoch

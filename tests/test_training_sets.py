@@ -8,8 +8,9 @@ import pytest
 from conftest import make_pairs, photo, save, with_rain
 from DerainDataset import open_patches
 from images import MARK, write_image
+from layouts import find_pairs
 from metadata import Metadata
-from pairs import Backgrounds, find_pairs
+from pairs import Backgrounds
 from test_data import write_prenet
 from train import parse_args
 from training_sets import (

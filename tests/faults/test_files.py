@@ -19,9 +19,9 @@ from checkpoints import load_network, load_weights
 from conftest import THOROUGH, contents, photo
 from DerainDataset import PackedPatches, PReNetPatches, fingerprint, pack, plan_cuts
 from images import image_size, read_image, read_metadata, read_rgb
+from layouts import Pair
 from metadata import encode as encode_result
 from networks import SAPNet
-from pairs import Pair
 from test_train import options
 from training_sets import PRENET_FILES, TrainingSet
 from utils import InputError
