@@ -12,6 +12,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import torch
@@ -61,16 +62,22 @@ def packed_path(training_set, packed_dir, patch_size, stride):
     """The packed file of a training set.
 
     Its name has the start of the folder's, a few digits of the folder's full path, which tell namesakes apart, the
-    patches' size and stride, and a few digits that stand for what is left out of the folder.
+    patches' size and stride, the scale, and a few digits that stand for what is left out of the folder.
     """
     folder = training_set.folder.resolve()
     left_out = hashlib.sha256(os.fsencode("\n".join(sorted(training_set.left_out)))).hexdigest()[:6]
     place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]
-    return Path(packed_dir) / f"{folder.name[:40]}-{place}-{patch_size}by{stride}-{left_out}.h5"
+    scale = "" if training_set.scale == 1 else f"-x{training_set.scale:g}"
+    return Path(packed_dir) / f"{folder.name[:40]}-{place}-{patch_size}by{stride}{scale}-{left_out}.h5"
 
 
-def plan_cuts(pairs, patch_size, stride):
-    """Where to cut the patches of each pair.
+def shrunk_size(size, scale):
+    """(height, width) of an image of that ``size`` at a scale, at least one pixel each."""
+    return tuple(max(1, round(scale * side)) for side in size)
+
+
+def plan_cuts(pairs, patch_size, stride, scale=1):
+    """Where to cut the patches of each pair, once its images are shrunk to ``scale``.
 
     Returns:
         ({pair: [(top, left), ...]} of the pairs that are large enough, {pair: (height, width)} of the others).
@@ -80,7 +87,7 @@ def plan_cuts(pairs, patch_size, stride):
     """
     cuts, small = {}, {}
     for pair in pairs:
-        height, width = pair_size(pair)
+        height, width = shrunk_size(pair_size(pair), scale)
         if min(height, width) < patch_size:
             small[pair] = height, width
             continue
@@ -89,13 +96,16 @@ def plan_cuts(pairs, patch_size, stride):
     return cuts, small
 
 
-def cut_patches(pair, positions, patch_size):
-    """Read a pair and cut it.
+def cut_patches(pair, positions, patch_size, scale=1):
+    """Read a pair, shrink it to ``scale`` and cut it.
 
     Returns:
         (rainy patches, clean patches, digest of the whole images); patches are (N, P, P, 3) uint8.
     """
     images = read_pair(pair)
+    if scale != 1:
+        height, width = shrunk_size(images[0].shape[:2], scale)
+        images = [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA) for image in images]
     patches = [
         np.stack([image[top : top + patch_size, left : left + patch_size] for top, left in positions])
         for image in images
@@ -134,7 +144,7 @@ def create_hdf5(path, size):
     return h5py.File(path, "r+", libver=version)  # closing it gives back what was not needed
 
 
-def pack(cuts, path, patch_size, digest=""):
+def pack(cuts, path, patch_size, digest="", scale=1):
     """Cut pairs into patches and write them to one HDF5 file, complete or not at all, in bounded memory.
 
     Where another process is packing the same file, it is waited for, and what it wrote is kept if it fits.
@@ -146,6 +156,7 @@ def pack(cuts, path, patch_size, digest=""):
         path: of the file to write.
         patch_size: side of the patches, px.
         digest: ``fingerprint``, kept in the file to tell whether it is up to date.
+        scale: that the images are shrunk to.
 
     Raises:
         InputError: an image is unreadable, or the disk has too little room.
@@ -170,7 +181,7 @@ def pack(cuts, path, patch_size, digest=""):
             file.create_dataset("names", data=names, fletcher32=True)
             file.attrs["fingerprint"] = np.bytes_(digest)  # of fixed length: HDF5 can hang on a damaged other
             start = 0
-            results = ahead(lambda cut: cut_patches(*cut, patch_size), cuts.items(), cores())
+            results = ahead(lambda cut: cut_patches(*cut, patch_size, scale), cuts.items(), cores())
             for *patches, image_digest in progress(results, f"packing {path.name}", total=len(cuts)):
                 stop = start + len(patches[0])
                 for array, part in zip(arrays, patches):
@@ -210,9 +221,10 @@ def open_sets(training_sets, packed_dir, patch_size, stride, preprocess=False, s
         path = packed_path(training_set, packed_dir, patch_size, stride)
         if not training_set.pairs or path in plans:
             continue
-        digest = fingerprint(training_set.pairs, patch_size, stride, skip_small)
+        scale = (training_set.scale,) if training_set.scale != 1 else ()
+        digest = fingerprint(training_set.pairs, patch_size, stride, skip_small, *scale)
         if reason := reason_to_pack(path, digest, preprocess):
-            cuts, small = plan_cuts(training_set.pairs, patch_size, stride)
+            cuts, small = plan_cuts(training_set.pairs, patch_size, stride, training_set.scale)
             plans[path] = cuts, digest, reason
             too_small += [f"{pair.rainy} ({width}x{height})" for pair, (height, width) in small.items()]
     if too_small and not skip_small:
@@ -252,7 +264,7 @@ def pack_set(training_set, path, patch_size, cuts, digest, reason):
     size = f"{packed_size(cuts, patch_size) / 1e6:.1f} MB"
     number = counted(len(cuts), "image" if training_set.clean_only else "pair")
     print(f"{training_set.folder}: packing {number} into {path}, {size} ({reason})", flush=True)
-    pack(cuts, path, patch_size, digest)
+    pack(cuts, path, patch_size, digest, training_set.scale)
 
 
 def open_prenet(training_set, patch_size):

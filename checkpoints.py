@@ -3,7 +3,8 @@
     python checkpoints.py weights/general.pth general.safetensors
 
 converts a checkpoint of SAPNet or PReNet, published or trained here or elsewhere, to .safetensors or to .pth, by the
-name of the new file. A .safetensors file carries the options of its network.
+name of the new file. A .safetensors file carries the options of its network. --average takes the mean of its weights
+and those of others that were trained on from it.
 """
 import argparse
 import codecs
@@ -37,15 +38,26 @@ EXPECTED = "expected a checkpoint, .pth or .safetensors"
 # Writing
 
 
+def in_main_memory(content):
+    """Tensors, dicts and lists of such, with all tensors on the CPU; anything else as it is."""
+    if isinstance(content, torch.Tensor):
+        return content.cpu()
+    if isinstance(content, dict):
+        return {name: in_main_memory(value) for name, value in content.items()}
+    return [in_main_memory(value) for value in content] if isinstance(content, list) else content
+
+
 def save_checkpoint(path, content):
     """Write plain tensors and plain types as PyTorch does, complete or not at all.
+
+    Tensors of a GPU are written as those of the CPU, since torch.load would refuse them where there is no GPU.
 
     Raises:
         RunError: the file cannot be written.
     """
     # Through memory: torch.save reports a full disk as an unspecific RuntimeError.
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(in_main_memory(content), buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -474,10 +486,40 @@ def load_network(path, recurrent_iter=None, use_dilation=None):
 # Converting
 
 
+def average_weights(weights, others):
+    """The mean of the weights of networks, of which some were trained on from another.
+
+    Source: Wortsman et al., "Model soups", 2022, whose average of fine-tuned weights keeps more of what each knows than
+    the last of them does.
+
+    Args:
+        weights: {name: floating tensor}.
+        others: {path: {name: tensor}}, at least one, of the same names and shapes.
+
+    Returns:
+        {name: tensor} of the types of ``weights``.
+
+    Raises:
+        InputError: one has other tensors; it names the path.
+    """
+    for path, state in others.items():
+        different = [name for name in weights if name not in state or state[name].shape != weights[name].shape]
+        if different or len(state) != len(weights):
+            raise InputError(f"--average {path}: expected the tensors of IN, in the same shapes")
+    return {
+        name: torch.stack([tensor.double(), *(state[name].double() for state in others.values())]).mean(0).to(tensor)
+        for name, tensor in weights.items()
+    }
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=a_path(), metavar="IN", help="a checkpoint, or the folder of a training run")
     parser.add_argument("output", type=a_path(), metavar="OUT", help="the new file, which ends in .safetensors or .pth")
+    parser.add_argument(
+        "--average", type=a_path(), nargs="+", default=[], metavar="FILE",
+        help="write the mean of the weights of IN and these, which were trained on from it or from the same weights",
+    )
     add_stage_options(parser)
     return parser.parse_args(argv)
 
@@ -492,6 +534,8 @@ def main():
     net = load_network(args.source, args.recurrent_iter, args.use_dilation)
     stored = load_weights(find_checkpoint(args.source))  # as precise as they are, in the network's order
     weights, options = {name: stored[name] for name in net.state_dict()}, network_options(net)
+    if args.average:
+        weights = average_weights(weights, {path: load_weights(find_checkpoint(path)) for path in args.average})
     if args.output.suffix == ".pth":
         save_checkpoint(args.output, weights)
     else:

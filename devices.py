@@ -86,16 +86,28 @@ def can_compile(device):
     return shutil.which(os.environ.get("CXX", "g++")) is not None and device.type != "mps" and not old
 
 
+def check_cuda_graph(wanted, device, processes):
+    """Refuse --cuda_graph where there is none; ``wanted`` is None where it was left to the program."""
+    if wanted and (device.type != "cuda" or processes > 1):
+        raise InputError("--cuda_graph: expected a CUDA card, and a single process that trains")
+
+
 def check_compile(wanted, device):
     """Refuse --compile where it cannot work; ``wanted`` is None where it was left to the program."""
     if wanted and not can_compile(device):
         raise InputError("--compile: expected a C++ compiler (g++, or that of the variable CXX), and no old GPU")
 
 
-def choose_speed(args, device, steps):
-    """Resolve the speed options that were left to the program; ``steps`` are those of the whole run.
+def choose_speed(args, device, steps, processes=1):
+    """Resolve the speed options that were left to the program.
 
     ``args.amp`` becomes "bf16", "fp16" or False. float16 is for GPUs without bfloat16: it needs its loss scaled.
+
+    Args:
+        args: of train.py.
+        device: a ``torch.device``.
+        steps: those of the whole run.
+        processes: that train together.
     """
     if args.amp in (None, True):
         half = "bf16" if fast_bfloat16(device) else "fp16" if fast_float16(device) else None
@@ -103,11 +115,13 @@ def choose_speed(args, device, steps):
     if args.compile is None:
         # The warm-up takes about a minute, which short runs never earn back.
         args.compile = steps >= 1000 and can_compile(device)
+    if args.cuda_graph is None:
+        args.cuda_graph = device.type == "cuda" and processes == 1
     # The patches of a run have one size, for which cuDNN's fastest kernels are found in the first step.
     torch.backends.cudnn.benchmark = device.type == "cuda"
     print(
-        f"device {device}, mixed precision {args.amp}, compile {args.compile}, channels_last {args.channels_last},"
-        f" {counted(args.num_workers, 'loader process')}", flush=True,
+        f"device {device}, mixed precision {args.amp}, compile {args.compile}, CUDA graph {args.cuda_graph},"
+        f" channels_last {args.channels_last}, {counted(args.num_workers, 'loader process')}", flush=True,
     )
 
 

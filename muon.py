@@ -39,10 +39,11 @@ class Muon(torch.optim.Optimizer):
         kernels: the parameters.
         lr: the learning rate.
         momentum: decay of the average of a kernel's gradients.
+        weight_decay: before each step, a kernel is multiplied by 1 - lr * weight_decay.
     """
 
-    def __init__(self, kernels, lr, momentum=0.95):
-        super().__init__(kernels, {"lr": lr, "momentum": momentum})
+    def __init__(self, kernels, lr, momentum=0.95, weight_decay=0):
+        super().__init__(kernels, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
@@ -61,12 +62,20 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's momentum
                 updates = orthogonalise(torch.stack(updates).flatten(2))
+                if group["weight_decay"]:
+                    torch._foreach_mul_(kernels, 1 - group["lr"] * group["weight_decay"])
                 length = 0.2 * math.sqrt(max(updates.shape[1:]))  # the root mean square of Adam's updates
                 torch._foreach_add_(kernels, list(updates.view(-1, *shape)), alpha=-length * group["lr"])
 
 
-def build_optimizers(name, net, lr):
+def build_optimizers(name, net, lr, weight_decay=0):
     """The optimizers of a network: "adam" for all of its parameters, or "muon" for its dense kernels and Adam beside.
+
+    Args:
+        name: "adam" or "muon".
+        net: any network.
+        lr: the learning rate.
+        weight_decay: as for ``Muon``; Adam's parameters do not decay.
 
     Returns:
         A list, each of which is to step after every backward pass.
@@ -76,4 +85,4 @@ def build_optimizers(name, net, lr):
         return [torch.optim.Adam(parameters, lr=lr, fused=True)]
     kernels = [parameter for parameter in parameters if is_dense_kernel(parameter)]
     others = [parameter for parameter in parameters if not is_dense_kernel(parameter)]
-    return [Muon(kernels, lr=lr), torch.optim.Adam(others, lr=lr, fused=True)]
+    return [Muon(kernels, lr=lr, weight_decay=weight_decay), torch.optim.Adam(others, lr=lr, fused=True)]

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from checkpoints import load_weights, save_checkpoint
 from DerainDataset import ShuffledBatches, TrainingPatches, open_sets
 from devices import (
-    HALF_PRECISIONS, FiniteCheck, check_compile, choose_speed, loader_processes, mixed_precision, pick_device,
+    FiniteCheck, check_compile, check_cuda_graph, choose_speed, loader_processes, mixed_precision, pick_device,
     threads_beside,
 )
 from inference import StripRunner, derain_array, to_image
-from losses import add_loss_options, batch_psnr, build_criterion
+from losses import add_loss_options, build_criterion
 from metrics import METRICS, measure
 from muon import build_optimizers
 from networks import RESIDUAL_CONVS, SAPNet, mismatch
@@ -41,7 +41,10 @@ from run_folder import (
 )
 from runners import SharedRunner
 from schedule import add_schedule_options, check_schedule_options, conditions, share_done
-from training_sets import add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation
+from training_sets import (
+    add_data_options, find_training_sets, find_validation_pairs, separate, summarise_validation, with_scales,
+)
+from training_step import build_pass, take_step
 from utils import (
     InputError, Parser, a_path, add_flag, ahead, at_least, check_folder, counted, progress, run_script, want_of_memory,
 )
@@ -68,6 +71,10 @@ def parse_args(argv=None):
     group.add_argument("--batch_size", type=at_least(1), default=12, help="patches a step")
     add_schedule_options(group)
     group.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="muon needs fewer steps")
+    group.add_argument(
+        "--weight_decay", type=at_least(0, float), default=0,
+        help="with muon: a step of the rate lr first multiplies the kernels by 1 - lr * this, for example 0.1",
+    )
     group.add_argument(
         "--ema", type=float, default=0, metavar="DECAY",
         help="validate and save an exponential moving average of the weights, for example 0.999; 0: no average",
@@ -108,6 +115,10 @@ def parse_args(argv=None):
         " (default: the one it is fast in, or none)",
     )
     add_flag(group, "--compile", None, "torch.compile (default: for runs long enough to repay its warm-up)")
+    add_flag(
+        group, "--cuda_graph", None,
+        "replay each step as one CUDA graph (default: on a CUDA card, unless several processes train)",
+    )
     add_flag(group, "--channels_last", True, "channels-last memory format")
 
     args = parser.parse_args(argv)
@@ -118,6 +129,8 @@ def parse_args(argv=None):
         parser.error(f"argument --clean_path: expected one folder for each --data_path ({len(args.data_path)})")
     if not 0 <= args.ema < 1:
         parser.error(f"argument --ema: expected 0 or more and less than 1, got {args.ema:g}")
+    if args.weight_decay and args.optimizer != "muon":
+        parser.error("argument --weight_decay: expected --optimizer muon, whose kernels decay")
     check_schedule_options(parser, args)
     check_rain_options(parser, args)
     return args
@@ -142,6 +155,7 @@ def load_data(args, device, rank, ranks):
     smallest = args.patch_size if args.skip_small else 0
     val_pairs = separate(sets, hold_out, given, args.exclude_test, args.side_by_side, smallest)
     validation = summarise_validation(val_pairs)
+    sets = with_scales(sets, args.photograph_scales)
 
     anew = args.preprocess and rank == 0 and not restarted()
     packing = args.packed_dir, args.patch_size, args.stride, anew, args.skip_small
@@ -180,41 +194,6 @@ def update_average(averaged, net, decay, step):
     """Move ``averaged`` on to the exponential moving average of the weights of ``net`` after ``step`` steps."""
     share = 1 - min(decay, step / (9 + step))  # more of the new ones early on, or the first would stay too long
     torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), share)
-
-
-def take_step(args, model, criterion, optimizers, scaler, batch, now):
-    """Take a step on a batch. None of its numbers is looked at here, as that would wait for the device (but by the
-    scaler, which with fp16 looks whether a gradient has overflowed).
-
-    Args:
-        model, criterion: the network and ``losses.DerainLoss``.
-        optimizers, scaler: of its parameters; the ``GradScaler`` is enabled with fp16 only.
-        batch: (rainy, clean), each (N, 3, P, P) float32 in [0, 1] on the device.
-        now: ``schedule.Conditions``.
-
-    Returns:
-        (derained, terms): (N, 3, P, P) and {name: scalar tensor} of all terms, "loss" and "psnr", without gradient.
-    """
-    rainy, clean = batch
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = now.learning_rate
-    with torch.autocast(rainy.device.type, HALF_PRECISIONS.get(args.amp), enabled=bool(args.amp)):
-        *earlier, derained = model(rainy, return_stages=True, recurrent_iter=now.recurrent_iter)[1]
-        derained = derained.float()
-        loss, terms = criterion(derained, clean, rainy, now.left_out, earlier)
-    scaler.scale(loss).backward()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    if args.clip_grad:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    derained = derained.detach()
-    terms |= {"loss": loss, "psnr": batch_psnr(derained, clean)}
-    return derained, {name: value.detach() for name, value in terms.items()}
 
 
 def validate(net, pairs, device, rank=0, ranks=1):
@@ -269,13 +248,13 @@ def train(args, device, rank, ranks):
     dataset, batches = loader.dataset, loader.batch_sampler
     net = build_network(args, device, None if resumed else args.init_weights)
     averaged = copy.deepcopy(net) if args.ema else net
-    optimizers = build_optimizers(args.optimizer, net, args.lr)
+    optimizers = build_optimizers(args.optimizer, net, args.lr, args.weight_decay)
     criterion = build_criterion(args, device, last_epoch(args, batches, position))
     if rank == 0:
         join_processes(device, message=(saved, position, data))
     horizon = {"batch_size": args.batch_size, "processes": ranks, "epochs": args.epochs, "max_steps": args.max_steps}
     # By the steps of the whole run: resuming must not change the arithmetic.
-    choose_speed(args, device, min(len(batches) * args.epochs, args.max_steps or math.inf))
+    choose_speed(args, device, min(len(batches) * args.epochs, args.max_steps or math.inf), ranks)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = RunState(net, averaged, optimizers, scaler, data, horizon, args.safetensors)
     if resumed:
@@ -283,6 +262,7 @@ def train(args, device, rank, ranks):
     model = torch.compile(net) if args.compile else net
     if ranks > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    differentiated = build_pass(args, net, model, criterion, scaler)
     epoch_patches = len(batches) * batches.batch_size
     steps, pairs = counted(len(batches), "step"), counted(len(val_pairs), "validation pair")
     print(f"{counted(len(dataset), 'patch')}, {steps} an epoch, {pairs}", flush=True)
@@ -318,7 +298,7 @@ def train(args, device, rank, ranks):
             if args.channels_last:
                 rainy = rainy.contiguous(memory_format=torch.channels_last)
             now = conditions(args, position.epoch, done)
-            derained, terms = take_step(args, model, criterion, optimizers, scaler, (rainy, clean), now)
+            derained, terms = take_step(args, net, differentiated, optimizers, scaler, (rainy, clean), now)
             finite.add(terms["loss"], "loss", indices)
             position.advance(batches.batch_size, terms)
             if args.ema:
@@ -376,6 +356,7 @@ def main():
     device = pick_device(args.device)
     check_compile(args.compile, device)
     rank, ranks = rank_of_run()
+    check_cuda_graph(args.cuda_graph, device, ranks)
     args.resume = args.resume or restarted() and begun_by(args.save_path, launcher())
     with as_one_run(rank, ranks, "; --resume goes on from the last save"), ignore_lost_children():
         with hold_run(args.save_path, args.resume) if rank == 0 else nullcontext():

@@ -5,8 +5,9 @@
 
 holds out two photographs of the bundled sample, with all their rainy versions.
 """
+import argparse
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ class TrainingSet:
     pairs: list = field(default_factory=list)  # none where the folder has PReNet's packed patches instead
     clean_only: bool = False  # photographs without rain, each the clean image of a ``Pair`` with itself
     left_out: list = field(default_factory=list)  # names of the rainy images that were removed from the pairs
+    scale: float = 1  # that the images are shrunk to before patches are cut
 
     def leave_out(self, others, backgrounds, reason):
         """Remove the pairs that share a background with one of ``others``, and name them.
@@ -102,6 +104,22 @@ def find_training_sets(
             print(f"{folder}: {number} without pairs, taken as clean photographs to put rain on")
             sets.append(TrainingSet(folder, count, [Pair(path, path) for path in found.alone], clean_only=True))
     return sets
+
+
+def with_scales(sets, scales):
+    """``sets``, and each set of photographs at further scales, which count as often as it does in full size.
+
+    Args:
+        sets: ``TrainingSet``s.
+        scales: from --photograph_scales.
+    """
+    shrunk = [
+        replace(training_set, scale=scale, count=max(1, round(training_set.count / scale**2)))
+        for training_set in sets if training_set.clean_only for scale in scales
+    ]
+    if scales and not shrunk:
+        raise InputError("--photograph_scales: expected a --data_path of clean photographs, and new rain for them")
+    return sets + shrunk
 
 
 def find_validation_pairs(folder, rainy_half=None):
@@ -179,6 +197,14 @@ def separate(sets, hold_out_counts, val_pairs, exclude_test, rainy_half=None, sm
 # Options
 
 
+def scale(text):
+    """``argparse`` type for --photograph_scales: more than 0 and less than 1."""
+    value = at_least(0, float)(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
+    return value
+
+
 def add_data_options(group):
     """Add train.py's options of the data, but for those of new rain."""
     group.add_argument(
@@ -201,6 +227,10 @@ def add_data_options(group):
     )
     group.add_argument("--patch_size", type=at_least(11), default=100, help="side of the training patches, px")
     group.add_argument("--stride", type=at_least(1), default=80, help="distance between patches, px")
+    group.add_argument(
+        "--photograph_scales", type=scale, nargs="+", default=[], metavar="S",
+        help="also take clean photographs shrunk to these scales, for example 0.5, whose structures are finer",
+    )
     add_flag(group, "--skip_small", False, "leave out images that are smaller than a patch")
     group.add_argument(
         "--exclude_test", action=Gathered, type=a_path(str), nargs="+", default=[], metavar="DIR",

@@ -58,7 +58,8 @@ from losses import build_criterion
 from muon import build_optimizers
 from test_accelerator import Traffic
 from schedule import conditions
-from train import build_network, parse_args, take_step, update_average
+from train import build_network, parse_args, update_average
+from training_step import build_pass, take_step
 
 DEVICE, CPU = torch.device("standin:0"), torch.device("cpu")
 
@@ -76,6 +77,7 @@ def without_data(module):
 args = parse_args([
     "--backbone_weights", "random", "--seg_backbone", "resnet18", "--seg_start_epoch", "0", "--pixel_loss", "mse+ssim",
     "--w_psnr", "0.02", "--optimizer", "muon", "--ema", "0.9", "--clip_grad", "1", "--amp", "False",
+    "--cuda_graph", "False",
 ])
 net, criterion = build_network(args, CPU, None), build_criterion(args, CPU, args.epochs)
 averaged, counts = copy.deepcopy(net), []
@@ -83,12 +85,13 @@ with FakeTensorMode():
     for module in (net, averaged, criterion):
         without_data(module)
     optimizers, scaler = build_optimizers("muon", net, 1e-3), torch.amp.GradScaler("cpu", enabled=False)
+    differentiated = build_pass(args, net, net, criterion, scaler)
     for step in (1, 2):
         rainy, clean = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
         with Traffic("standin") as traffic:
             batch = rainy.to(DEVICE, non_blocking=True), clean.to(DEVICE, non_blocking=True)
             now = conditions(args, 0, 0.5)
-            derained, terms = take_step(args, net, criterion, optimizers, scaler, batch, now)
+            derained, terms = take_step(args, net, differentiated, optimizers, scaler, batch, now)
             update_average(averaged, net, 0.9, step)
         counts.append([sum(traffic.launches.values()), traffic.waits])
     for parameter in net.parameters():

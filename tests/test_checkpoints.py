@@ -523,6 +523,22 @@ def test_conversion_keeps_the_options(run, checkpoint, tmp_path):
     assert net.recurrent_iter == 3 and net.dilations == (1,) * 5
 
 
+def test_weights_of_one_origin_are_averaged(run, refused, checkpoint, tmp_path):
+    start = load_weights(checkpoint)
+    for name, change in (("a", 0.3), ("b", -1.5)):
+        save_checkpoint(tmp_path / f"{name}.pth", {key: value + change for key, value in start.items()})
+    arguments = checkpoint, tmp_path / "mean.pth", "--average", tmp_path / "a.pth", tmp_path / "b.pth"
+    assert run("checkpoints", *arguments, "--recurrent_iter", 2).status == 0
+    for key, value in load_weights(tmp_path / "mean.pth").items():
+        torch.testing.assert_close(value, start[key] - 0.4)
+    prenet = tmp_path / "prenet.pth"
+    save_checkpoint(prenet, SAPNet(use_dilation=False, use_cra=False).state_dict())
+    for other, expected in ((prenet, "expected the tensors of IN"), (tmp_path / "none.pth", "no such file")):
+        refused("checkpoints", checkpoint, tmp_path / "no.pth", "--average", other, names=[other, expected])
+    refused("checkpoints", prenet, tmp_path / "no.pth", "--average", checkpoint, names=[checkpoint, "of IN"])
+    assert not (tmp_path / "no.pth").exists()
+
+
 def test_conversion_refuses_in_a_sentence(refused, checkpoint, tmp_path):
     (tmp_path / "there.safetensors").write_text("mine")
     torch.save(small(), tmp_path / "small.pth")

@@ -104,6 +104,33 @@ def test_twenty_steps_of_training(run, tmp_path, amp, compiled):
     assert tested.status == 0, tested
 
 
+def test_what_is_saved_loads_where_there_is_no_gpu(run, tmp_path):
+    pairs = make_pairs(tmp_path / "pairs")
+    assert run("train", *gpu_options(pairs, tmp_path / "run", max_steps=2, ema=0.9)).status == 0
+    for path in (tmp_path / "run").glob("*.pth"):
+        places = set()
+        torch.load(path, map_location=lambda storage, place: places.add(place) or storage)
+        assert places == {"cpu"}, path
+
+
+@pytest.mark.parametrize("amp", ["False", "bf16", "fp16"])
+def test_a_cuda_graph_trains_as_its_kernels_do_one_by_one(run, tmp_path, amp):
+    """Through a change of stages and of loss terms; to 2 % of how far the weights move, as sums have no order here."""
+    pairs = make_pairs(tmp_path / "pairs")
+    flags = {"amp": amp, "recurrent_iter": 3, "first_stages": (2, 0.4), "w_psnr": 0.02, "psnr_until": 0.7}
+    states = []
+    for graph in (False, True):
+        folder = tmp_path / str(graph)
+        arguments = gpu_options(pairs, folder, schedule="cosine", cuda_graph=graph, clip_grad=1, **flags)
+        assert run("train", *arguments).status == 0
+        states.append(load_weights(folder / "net_latest.pth"))
+    torch.manual_seed(0)
+    start = SAPNet(recurrent_iter=3).state_dict()
+    moved, apart = (torch.cat([(states[0][key].cpu() - other[key].cpu()).flatten() for key in start]).norm()
+                    for other in (start, states[1]))
+    assert apart < 0.02 * moved
+
+
 @pytest.mark.parametrize("amp", ["False", "fp16"])
 def test_a_resumed_run_comes_to_the_same_weights(run, tmp_path, amp):
     """To 2 % of how far training has moved them: atomic sums of the GPU have no order."""

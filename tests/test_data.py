@@ -26,7 +26,7 @@ from DerainDataset import (
 from images import read_rgb
 from layouts import find_pairs
 from rain import TrainingRain
-from training_sets import TrainingSet, find_training_sets, separate
+from training_sets import TrainingSet, find_training_sets, separate, with_scales
 from utils import InputError, RunError
 
 
@@ -79,6 +79,34 @@ def test_packed_patches_are_the_pictures(tmp_path, half):
         assert all(np.array_equal(canvas, image) for canvas, image in zip(canvases[number], images, strict=True))
     with h5py.File(patches.paths[0]) as file:
         assert file["rainy"].dtype == file["clean"].dtype == np.uint8
+
+
+def test_photographs_are_packed_at_further_scales_too(clean_dir, tmp_path, capsys):
+    """Each scale in a file of its own, whose patches are those of the shrunk pictures, and counts for as many."""
+    whole, half, small = sets = with_scales([find(clean_dir, photographs=True)], [0.5, 0.4])
+    assert [(each.scale, each.count) for each in sets] == [(1, 1), (0.5, 4), (0.4, 6)]
+    sources = open_sets(sets, tmp_path / "packed", 16, 16)
+    assert len({source.paths[0] for source in sources}) == 3
+    for training_set, source in zip(sets, sources):
+        height, width = round(48 * training_set.scale), round(64 * training_set.scale)
+        for index in range(len(source)):
+            number, top, left = source.origin[index]
+            picture = read_rgb(clean_dir / source.names[number])
+            if training_set.scale < 1:
+                picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+            rainy, clean = source[index]
+            assert np.array_equal(rainy, clean)
+            assert np.array_equal(clean, picture[top : top + 16, left : left + 16])
+    assert capsys.readouterr().out.count("no packed file yet") == 3
+    open_sets(sets, tmp_path / "packed", 16, 16)
+    assert "packing" not in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"smaller than --patch_size 48: .*\(32x24\)"):
+        open_sets([half], tmp_path / "packed", 48, 16)
+
+
+def test_only_photographs_are_shrunk(pairs_dir):
+    with pytest.raises(InputError, match="--photograph_scales: expected a --data_path of clean photographs"):
+        with_scales([find(pairs_dir)], [0.5])
 
 
 def test_packing_happens_once_and_again_after_a_change(pairs_dir, tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 
 import devices
 import utils
-from devices import choose_speed, loader_processes, pick_device, threads_beside
+from devices import check_cuda_graph, choose_speed, loader_processes, pick_device, threads_beside
 from runners import SharedRunner
 from utils import InputError, ahead
 
@@ -139,10 +139,25 @@ def test_mixed_precision_is_that_of_the_card(monkeypatch, capsys, bfloat16, capa
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    args = SimpleNamespace(amp=asked, compile=False, channels_last=True, num_workers=2)
+    args = SimpleNamespace(amp=asked, compile=False, cuda_graph=None, channels_last=True, num_workers=2)
     choose_speed(args, torch.device("cuda:0"), 10)
     assert args.amp == given and f"mixed precision {given}" in capsys.readouterr().out
     assert torch.backends.cudnn.benchmark
+
+
+def test_a_cuda_graph_is_for_one_process_with_a_card():
+    args = SimpleNamespace(amp=False, compile=False, channels_last=True, num_workers=2)
+    for device, processes, asked, given in (
+        ("cuda:0", 1, None, True), ("cuda:0", 2, None, False), ("cpu", 1, None, False), ("cuda:0", 1, False, False)
+    ):
+        args.cuda_graph = asked
+        choose_speed(args, torch.device(device), 10, processes)
+        assert args.cuda_graph is given
+    check_cuda_graph(None, torch.device("cpu"), 2)
+    check_cuda_graph(True, torch.device("cuda:0"), 1)
+    for device, processes in (("cpu", 1), ("cuda:0", 2)):
+        with pytest.raises(InputError, match="--cuda_graph: expected a CUDA card, and a single process"):
+            check_cuda_graph(True, torch.device(device), processes)
 
 
 def test_compile_is_refused_where_there_is_no_compiler(monkeypatch, refused, pairs_dir, tmp_path):

@@ -26,14 +26,16 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_scales():
     assert (values[:, 0] > 20 * scales[0] / scales.norm()).all()
 
 
-def test_a_kernels_steps_are_those_of_torchs_muon_on_its_matrix():
+@pytest.mark.parametrize("weight_decay", [0, 3])
+def test_a_kernels_steps_are_those_of_torchs_muon_on_its_matrix(weight_decay):
     torch.manual_seed(0)
     start, gradients = torch.randn(8, 4, 3, 3), [[torch.randn(8, 4, 3, 3)] for _ in range(4)]
     kernel = torch.nn.Parameter(start.clone(memory_format=torch.channels_last))
     matrix = torch.nn.Parameter(start.flatten(1).clone())
-    take_steps(Muon([kernel], lr=0.01), [kernel], gradients)
+    take_steps(Muon([kernel], lr=0.01, weight_decay=weight_decay), [kernel], gradients)
     take_steps(
-        torch.optim.Muon([matrix], lr=0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw"), [matrix], gradients
+        torch.optim.Muon([matrix], lr=0.01, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), [matrix],
+        gradients,
     )
     moved, expected = kernel.detach().flatten(1) - start.flatten(1), matrix.detach() - start.flatten(1)
     assert (moved - expected).norm() < 0.02 * expected.norm()  # torch orthogonalises in bfloat16
