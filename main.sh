@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Test Rain100H with the general weights and Rain100L with those for light rain. Once a run of yours has left weights in
-# logs/SAPNet/Model11, both sets are tested with those. Further arguments go to test.py and win over those given here:
+# Test Rain100H with the weights for heavy rain and Rain100L with those for light rain. Once a run of yours has left
+# weights in logs/SAPNet/Model11, both sets are tested with those. Further arguments go to test.py and win over those
+# given here:
 #
 #     bash main.sh --device cuda
 #     bash main.sh --save_path CHECKPOINT
@@ -30,11 +31,13 @@ derain() {  # SET [OPTION...]
     fi
 }
 
+heavy=weights/heavy.pth
 light=weights/light.pth
 if [ -e logs/SAPNet/Model11/net_latest.pth ]; then
+    heavy=logs/SAPNet/Model11
     light=logs/SAPNet/Model11
 fi
-derain Rain100H "$@"
+derain Rain100H --save_path "$heavy" "$@"
 derain Rain100L --save_path "$light" "$@"
 if $missing; then
     derain RainSample "$@"

@@ -118,7 +118,7 @@ def test_bundled_weights_are_the_published_network(path):
     assert path.name in readme and hashlib.sha256(path.read_bytes()).hexdigest() in readme
 
 
-@pytest.mark.parametrize("name", ["general", "light", "real"])
+@pytest.mark.parametrize("name", ["general", "heavy", "light", "real"])
 def test_both_forms_of_the_bundled_weights_are_the_same(run, tmp_path, name):
     assert_equal(load_weights(BUNDLED / f"{name}.safetensors"), load_weights(BUNDLED / f"{name}.pth"))
     result = run("checkpoints", BUNDLED / f"{name}.pth", tmp_path / "again.safetensors")

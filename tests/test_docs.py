@@ -140,7 +140,7 @@ def clone(tmp_path, monkeypatch):
             save(f"datasets/test/{name}/norain-00{number}.png", photo(number))
             save(f"datasets/test/{name}/rainy/rain-00{number}.png", with_rain(photo(number)))
     for number in (6, 7):
-        save(f"datasets/train/Photographs/{number}.jpg", photo(number))
+        save(f"datasets/train/Photographs/{number}.jpg", photo(number, 96, 128))  # shrunk, they must hold a patch
         save(f"photos/{number}.jpg", photo(number))
     save("datasets/test/Photographs/8.jpg", photo(8))
     save("photo.jpg", photo(9))

@@ -85,12 +85,12 @@ def test_from_github_as_torch_hub_keeps_it(tmp_path):
     """GitHub's archive, unpacked where torch.hub looks before it downloads; with one more file of weights."""
     clone = tmp_path / "hub/someone_SAPNet_main"
     shutil.copytree(BUNDLED, clone / "weights")
-    shutil.copy(BUNDLED / "light.pth", clone / "weights/heavy.pth")
+    shutil.copy(BUNDLED / "light.pth", clone / "weights/own.pth")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, clone)
     (tmp_path / "program").mkdir()
     options = f'trust_repo=True, skip_validation=True, verbose=torch.hub.set_dir({str(tmp_path / "hub")!r})'
-    more = f'torch.hub.load("someone/SAPNet:main", "sapnet", "heavy", {options}).recurrent_iter'
+    more = f'torch.hub.load("someone/SAPNet:main", "sapnet", "own", {options}).recurrent_iter'
     child = run_program(tmp_path / "program", ("someone/SAPNet:main",), options, more)
     assert child.returncode == 0, child.stderr
     assert child.stdout == "(1, 3, 24, 32) (24, 32, 3) 6\n"

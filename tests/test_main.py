@@ -42,9 +42,9 @@ def sets_and_weights(started):
 
 def test_each_set_is_tested_with_its_weights(commands):
     started, output = commands(["Rain100H", "Rain100L"], "--device", "cpu")
-    assert sets_and_weights(started) == [("Rain100H", None), ("Rain100L", "weights/light.pth")]
+    assert sets_and_weights(started) == [("Rain100H", "weights/heavy.pth"), ("Rain100L", "weights/light.pth")]
     assert all(args.device == "cpu" for args in started)
-    assert (ROOT / "weights/light.pth").stat().st_size < 10**6
+    assert all((ROOT / args.save_path).stat().st_size < 10**6 for args in started)
     assert "test.py --test_data_path datasets/test/Rain100L --save_path weights/light.pth --device cpu" in output
 
 
@@ -53,7 +53,7 @@ def test_a_run_of_ones_own_is_taken_for_both_sets(commands, tmp_path):
     run.mkdir(parents=True)
     (run / "net_latest.pth").touch()
     started, _ = commands(["Rain100H", "Rain100L"])
-    assert sets_and_weights(started) == [("Rain100H", None), ("Rain100L", "logs/SAPNet/Model11")]
+    assert sets_and_weights(started) == [("Rain100H", "logs/SAPNet/Model11"), ("Rain100L", "logs/SAPNet/Model11")]
 
 
 def test_a_checkpoint_given_by_the_user_wins(commands):

@@ -53,7 +53,7 @@ def assert_is(model, net):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("name", ["general", "light", "real"])
+@pytest.mark.parametrize("name", ["general", "heavy", "light", "real"])
 def test_bundled_weights(name, suffix):
     path = BUNDLED / (name + suffix)
     for model in (load(path), spandrel_sapnet.load(path), spandrel_sapnet.load(name)):
