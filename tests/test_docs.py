@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 COMMAND = re.compile(r"(?:^|`)((?:python \w+\.py|torchrun |bash main\.sh)[^`\n]*)", re.MULTILINE)
 # Appended to a command that is run, so that it takes a second; bench.py and rain_stats.py have tests of their own.
 TINY = {
-    "train": "--max_steps 1 --recurrent_iter 1 --patch_size 33 --stride 33 --batch_size 2 --num_workers 0 --device cpu"
+    "train": "--max_steps 1 --recurrent_iter 2 --patch_size 33 --stride 33 --batch_size 2 --num_workers 0 --device cpu"
     " --backbone_weights random --seg_backbone resnet18",
     "test": "--device cpu", "rain": "--per_image 2", "export": "", "curve": "", "pairs": "",
 }
