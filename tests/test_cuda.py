@@ -113,11 +113,20 @@ def test_what_is_saved_loads_where_there_is_no_gpu(run, tmp_path):
         assert places == {"cpu"}, path
 
 
-@pytest.mark.parametrize("amp", ["False", "bf16", "fp16"])
-def test_a_cuda_graph_trains_as_its_kernels_do_one_by_one(run, tmp_path, amp):
+EVERY_LOSS = {
+    "use_contrast": True, "use_lpips": True, "use_seg_stage1": True, "seg_start_epoch": 2, "seg_backbone": "resnet18",
+    "backbone_weights": "random",
+}
+
+
+@pytest.mark.parametrize(
+    ("amp", "losses"), [("False", {}), ("bf16", {}), ("fp16", {}), ("False", EVERY_LOSS)],
+    ids=["fp32", "bf16", "fp16", "every loss"],
+)
+def test_a_cuda_graph_trains_as_its_kernels_do_one_by_one(run, tmp_path, amp, losses):
     """Through a change of stages and of loss terms; to 2 % of how far the weights move, as sums have no order here."""
     pairs = make_pairs(tmp_path / "pairs")
-    flags = {"amp": amp, "recurrent_iter": 3, "first_stages": (2, 0.4), "w_psnr": 0.02, "psnr_until": 0.7}
+    flags = {"amp": amp, "recurrent_iter": 3, "first_stages": (2, 0.4), "w_psnr": 0.02, "psnr_until": 0.7, **losses}
     states = []
     for graph in (False, True):
         folder = tmp_path / str(graph)
