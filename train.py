@@ -117,7 +117,7 @@ def parse_args(argv=None):
     add_flag(group, "--compile", None, "torch.compile (default: for runs long enough to repay its warm-up)")
     add_flag(
         group, "--cuda_graph", None,
-        "replay each step as one CUDA graph (default: on a CUDA card, unless several processes train)",
+        "replay forward and backward pass as one CUDA graph (default: on a CUDA card, unless several processes train)",
     )
     add_flag(group, "--channels_last", True, "channels-last memory format")
 

@@ -112,6 +112,9 @@ def with_scales(sets, scales):
     Args:
         sets: ``TrainingSet``s.
         scales: from --photograph_scales.
+
+    Raises:
+        InputError: there are scales, and no set of photographs.
     """
     shrunk = [
         replace(training_set, scale=scale, count=max(1, round(training_set.count / scale**2)))
