@@ -643,7 +643,9 @@ class Visitor:
         where = {"behavior": "allow", "downloadPath": str(self.downloads)}  # of all windows
         self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
         self.find(f"#{tab}_download")[0].click()
-        return self.wait((self.downloads / name).is_file, name) and (self.downloads / name).read_bytes()
+        path = self.downloads / name
+        # The browser keeps the name with an empty file until it has the whole one to put in its place.
+        return self.wait(lambda: path.is_file() and path.read_bytes(), name)
 
 
 @pytest.fixture
